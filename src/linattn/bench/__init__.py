@@ -1,0 +1,1 @@
+"""Speed as a record: gate, time, floor, CSV."""

@@ -1,0 +1,1 @@
+"""The `linattn` command: one verb, one function."""

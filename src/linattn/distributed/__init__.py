@@ -1,0 +1,1 @@
+"""Sharded and sequence-parallel training. Takes any nn.Module; knows no model."""

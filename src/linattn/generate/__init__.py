@@ -1,0 +1,1 @@
+"""Prefill, decode by the state, sampling, prompting, and States on disk."""

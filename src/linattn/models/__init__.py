@@ -1,0 +1,1 @@
+"""The decoder skeleton and the published models built on it."""
