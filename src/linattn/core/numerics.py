@@ -18,24 +18,31 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def relative_error(got: Tensor, want: Tensor, keep: tuple[int, ...] = ()) -> float:
+def scale_floor(want: Tensor) -> float:
+    """The smallest scale that a unit of ``want`` is judged by: a tenth of the whole tensor's root mean square.
+
+    Some units are zero in exact arithmetic (the first token's weights do not depend on q), and what floating point
+    leaves there is noise. Where the whole tensor is such noise, a tenth of one: inputs of the laws are N(0, 1).
+    """
+    whole = float(want.detach().double().square().mean().sqrt()) if want.numel() else 0.0
+    return 0.1 * whole if whole > 1e-6 else 0.1
+
+
+def relative_error(got: Tensor, want: Tensor, keep: tuple[int, ...] = (), floor: float | None = None) -> float:
     """The largest relative error over the units that the axes ``keep`` index.
 
-    For each index over ``keep``: rms(got - want) / rms(want), root mean squares over all other axes, in float64.
-    A unit whose reference is all zero is held to the absolute rms error. NaN anywhere gives infinity; so does a
-    difference of shape.
+    For each index over ``keep``: rms(got - want) / max(rms(want), floor), root mean squares over all other axes, in
+    float64; ``floor`` is `scale_floor` unless given. NaN anywhere gives infinity; so does a difference of shape.
     """
     if got.shape != want.shape:
         return float("inf")
     if want.numel() == 0:
         return 0.0
+    floor = scale_floor(want) if floor is None else floor
     got, want = got.detach().double(), want.detach().double().to(got.device)
     axes = [a for a in range(want.ndim) if a not in {k % want.ndim for k in keep}]
-    difference = (got - want).square()
-    scale = want.square()
+    difference, scale = (got - want).square(), want.square()
     if axes:
         difference, scale = difference.mean(axes), scale.mean(axes)
-    error = torch.where(scale > 0, difference / scale, difference).sqrt()
-    if not torch.isfinite(error).all():
-        return float("inf")
-    return float(error.max())
+    error = difference.sqrt() / scale.sqrt().clamp(min=floor)
+    return float(error.max()) if torch.isfinite(error).all() else float("inf")

@@ -1,0 +1,95 @@
+"""One dispatcher for every mixer: the first backend that gives no reason to refuse a call runs it.
+
+A backend refuses in words, as a pure function of a `Call`: shapes, strides, dtypes, device. So the decision can be
+tested for machines one does not have, and the error says why each backend said no. A named backend obeys or raises;
+there is no environment variable, no choice at import, and no exception is read as "unsupported".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BackendUnavailable(ValueError):
+    """No backend can run this call; the message says why, backend by backend."""
+
+
+class Call(NamedTuple):
+    """What a backend may look at to decide. Never data."""
+
+    op: str
+    shapes: Mapping[str, tuple[int, ...]]
+    strides: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device: str = "cpu"
+    capability: tuple[int, int] | None = None
+    needs_grad: bool = False
+    options: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of a mixer.
+
+    refuses: reasons in words why it cannot run the call; [] means it can.
+    forward: the op on checked arguments. step_: one token a row from a pool, or None.
+    """
+
+    name: str
+    refuses: Callable[[Call], list[str]]
+    forward: Callable[..., Any]
+    step_: Callable[..., Any] | None = None
+
+
+def describe(op: str, tensors: Mapping[str, Tensor | None], **options: Any) -> Call:
+    """The `Call` that these tensors make. The first tensor gives dtype and device."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first = next(iter(given.values()))
+    return Call(
+        op,
+        {name: tuple(x.shape) for name, x in given.items()},
+        {name: x.stride() for name, x in given.items()},
+        first.dtype,
+        first.device.type,
+        torch.cuda.get_device_capability(first.device) if first.device.type == "cuda" else None,
+        torch.is_grad_enabled() and any(x.requires_grad for x in given.values()),
+        options,
+    )
+
+
+def choose(backends: Sequence[Backend], call: Call, wanted: str | None = None) -> Backend:
+    """The backend that will run ``call``: the first that does not refuse, or the one named, or an error.
+
+    Raises:
+        ValueError: ``wanted`` names no backend of this op.
+        BackendUnavailable: every backend asked refuses; the message lists the reasons of each.
+    """
+    pool = [b for b in backends if wanted is None or b.name == wanted]
+    if not pool:
+        raise ValueError(f"{call.op}: unknown backend {wanted!r}; choose from {[b.name for b in backends]}")
+    for backend in pool:
+        if not backend.refuses(call):
+            return backend
+    raise BackendUnavailable(explain(pool, call))
+
+
+def explain(backends: Sequence[Backend], call: Call) -> str:
+    """The call and every backend's answer to it, for people."""
+    where = call.device
+    if call.capability is not None:
+        where += f", compute capability {call.capability[0]}.{call.capability[1]}"
+    lines = [f"{call.op}: no backend can run this call ({call.dtype} on {where})"]
+    lines += [f"    {name} {list(shape)}" for name, shape in call.shapes.items()]
+    for backend in backends:
+        lines += [f"  {backend.name}: {'; '.join(backend.refuses(call)) or 'can run it'}"]
+    return "\n".join(lines)
+
+
+def anything(call: Call) -> list[str]:
+    """The refusals of a backend that runs every floating-point call on any device."""
+    return [] if call.dtype.is_floating_point else [f"needs floating-point inputs, got {call.dtype}"]

@@ -1,0 +1,158 @@
+"""Taylor linear attention, backend "torch": chunks of C tokens, O(T), any device, ordinary differentiable torch.
+
+Inside a chunk the weights come from the scores (1 + s + s^2/2, always positive); what came before is read from the
+State through the features. Everything is computed in the sum dtype (fp32; float64 for float64), whatever the inputs'.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linattn.core.chunks import plan_chunks, run_chunks, sum_chunks
+from linattn.core.mixer import map_state
+from linattn.core.numerics import sum_dtype
+from linattn.core.shapes import match_heads
+
+CHUNK = 128
+"""Tokens a chunk: at F 16, V 64 the scores then cost half of what reading and adding to the State does."""
+
+
+class TaylorState(NamedTuple):
+    """What Taylor linear attention remembers: sums over the tokens read, in fp32 (float64 for float64 inputs).
+
+    S: [N, H, P, V], sum of phi(k) v^T.   z: [N, H, P], sum of phi(k).   P = 1 + F + F(F+1)/2, order of `features`.
+    """
+
+    S: Tensor
+    z: Tensor
+
+
+def n_features(feature_dim: int) -> int:
+    """P, the length of phi(x) for x of ``feature_dim``: 153 for 16."""
+    return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+
+
+def features(x: Tensor) -> Tensor:
+    """phi(x), [..., F] -> [..., P], with phi(q) . phi(k) = 1 + q.k + (q.k)^2/2.
+
+    Order: 1; x_0 .. x_{F-1}; then x_i x_j for i <= j, row by row, the squares over sqrt(2).
+    """
+    dim = x.shape[-1]
+    i, j = torch.triu_indices(dim, dim, device=x.device)
+    coefficients = torch.ones(len(i), device=x.device, dtype=x.dtype).masked_fill(i == j, 1 / math.sqrt(2))
+    # Slices, not x[..., i] * x[..., j]: half the time forward, a third backward.
+    products = torch.cat([column * x[..., n:] for n, column in enumerate(x.split(1, -1))], -1)
+    return torch.cat([torch.ones_like(x[..., :1]), x, products * coefficients], -1)
+
+
+def identity(batch: int, heads: int, feature_dim: int, value_dim: int, like: Tensor) -> TaylorState:
+    """The State that has read nothing, on ``like``'s device, for inputs of its dtype."""
+    dtype = sum_dtype(like.dtype)
+    P = n_features(feature_dim)
+    S = torch.zeros(batch, heads, P, value_dim, device=like.device, dtype=dtype)
+    return TaylorState(S, torch.zeros(batch, heads, P, device=like.device, dtype=dtype))
+
+
+def combine(earlier: TaylorState, later: TaylorState) -> TaylorState:
+    """The State of both texts: sums add."""
+    return map_state(torch.add, earlier, later)
+
+
+def _summarize_chunks(k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> TaylorState:
+    """k [m, R, H, C, F], v [m, R, H, C, V] -> sums over C. Padding is masked after phi, because phi(0) is not 0."""
+    fk = features(k).masked_fill(~mask[..., None], 0)
+    return TaylorState(fk.transpose(-1, -2) @ v, fk.sum(-2))
+
+
+def summarize(k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> TaylorState:
+    """The State of k [B, T, Hk, F], v [B, T, Hv, V] read from nothing; ``lengths`` [B] leaves out what lies beyond."""
+    heads = max(k.shape[2], v.shape[2])
+    dtype = sum_dtype(k.dtype)
+    k, v = match_heads(k, heads).to(dtype), match_heads(v, heads).to(dtype)
+    plan = plan_chunks(k.shape[0], k.shape[1], CHUNK, cu_seqlens, k.device)
+    if lengths is not None:
+        plan = plan.limited(lengths)
+    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    zero = identity(rows, heads, k.shape[-1], v.shape[-1], k)
+    return sum_chunks(plan, (k, v), _summarize_chunks, combine, zero)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    normalize: bool,
+    initial_state: TaylorState | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, TaylorState | None]:
+    """`taylor_attention` on checked arguments."""
+    dtype, out_dtype = sum_dtype(q.dtype), v.dtype
+    n_state = max(k.shape[2], v.shape[2])
+    n_out = max(q.shape[2], n_state)
+    group = n_out // n_state
+    q = match_heads(q, n_out).to(dtype) * scale
+    k, v = match_heads(k, n_state).to(dtype), match_heads(v, n_state).to(dtype)
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state is None:
+        initial_state = identity(rows, n_state, k.shape[-1], v.shape[-1], k)
+    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+
+    def outputs(before: TaylorState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        # A group's queries stand below one another, so that its keys, values and State are read once.
+        q = q.unflatten(2, (n_state, group))
+        s = q @ k.unsqueeze(3).transpose(-1, -2)
+        w = (1 + s + s * s / 2) * causal
+        fq = features(q)
+        y = w @ v.unsqueeze(3) + fq @ before.S.unsqueeze(3)
+        if normalize:
+            y = y / (w.sum(-1) + (fq @ before.z[:, :, :, None, :, None]).squeeze(-1))[..., None]
+        return y.flatten(2, 3).to(out_dtype)
+
+    def summarize_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> TaylorState:
+        return _summarize_chunks(k, v, mask, lengths)
+
+    plan = plan_chunks(q.shape[0], q.shape[1], CHUNK, cu_seqlens, q.device)
+    return run_chunks(plan, (q, k, v), summarize_chunks, combine, outputs, initial_state, return_state)
+
+
+def new_pool(state: TaylorState, slots: int, capacity: int | None = None) -> TaylorState:
+    """A pool of ``slots`` empty States like ``state``, and one row more, which idle rows of a batch write to."""
+    return map_state(lambda leaf: leaf.new_zeros(slots + 1, *leaf.shape[1:]), state)
+
+
+def step_(
+    q: Tensor, k: Tensor, v: Tensor, pool: TaylorState, slots: Tensor, *, scale: float, normalize: bool
+) -> Tensor:
+    """One token a row: q [B, Hq, F], k [B, Hk, F], v [B, Hv, V], slots int32 [B] -> y [B, H, V]; pool in place."""
+    slots = torch.where(slots < 0, pool.S.shape[0] - 1, slots).long()
+    dtype, out_dtype = pool.S.dtype, v.dtype
+    n_state = pool.S.shape[1]
+    q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    fq = features(match_heads(q, max(q.shape[2], n_state))[:, 0].to(dtype) * scale).unflatten(1, (n_state, -1))
+    fk = features(match_heads(k, n_state)[:, 0].to(dtype))
+    v = match_heads(v, n_state)[:, 0].to(dtype)
+    S = pool.S[slots].addcmul_(fk[..., None], v[..., None, :])
+    z = pool.z[slots].add_(fk)
+    pool.S[slots], pool.z[slots] = S, z
+    y = fq @ S
+    if normalize:
+        y = y / (fq @ z[..., None])
+    return y.flatten(1, 2).to(out_dtype)
+
+
+def take(pool: TaylorState, slots: Tensor) -> TaylorState:
+    """The States in ``slots`` int [B] of a pool, copied."""
+    return map_state(lambda leaf: leaf[slots.long()], pool)
+
+
+def put_(pool: TaylorState, slots: Tensor, state: TaylorState) -> None:
+    """Write the States ``state`` [B, ...] into ``slots`` int [B] of a pool."""
+    for leaf, rows in zip(pool, state, strict=True):
+        leaf[slots.long()] = rows.to(leaf.dtype)
