@@ -1,1 +1,1 @@
-"""What every part stands on: the Mixer protocol, the laws, dispatch, shapes, configuration, error measures. Imports nothing of ours."""
+"""What every part stands on: the Mixer protocol, laws, dispatch, shapes, configuration. Imports nothing of ours."""

@@ -99,7 +99,7 @@ def cut(x: Tensor, plan: Plan) -> Tensor:
     """x [B, T, H, D] as chunks [m, R, H, C, D]; places without a token hold copies or zeros, never garbage."""
     if plan.rows is not None:
         return x[0][plan.rows].permute(0, 2, 1, 3).unsqueeze(1)
-    count, batch = plan.lengths.shape
+    count = plan.lengths.shape[0]
     missing = count * plan.size - plan.tokens
     if missing:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class BackendUnavailable(ValueError):
+class BackendError(ValueError):
     """No backend can run this call; the message says why, backend by backend."""
 
 
@@ -67,7 +67,7 @@ def choose(backends: Sequence[Backend], call: Call, wanted: str | None = None) -
 
     Raises:
         ValueError: ``wanted`` names no backend of this op.
-        BackendUnavailable: every backend asked refuses; the message lists the reasons of each.
+        BackendError: every backend asked refuses; the message lists the reasons of each.
     """
     pool = [b for b in backends if wanted is None or b.name == wanted]
     if not pool:
@@ -75,7 +75,7 @@ def choose(backends: Sequence[Backend], call: Call, wanted: str | None = None) -
     for backend in pool:
         if not backend.refuses(call):
             return backend
-    raise BackendUnavailable(explain(pool, call))
+    raise BackendError(explain(pool, call))
 
 
 def explain(backends: Sequence[Backend], call: Call) -> str:

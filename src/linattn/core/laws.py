@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
@@ -151,7 +152,7 @@ def ranks_are_one(subject: Subject, length: int = 140, cuts: tuple[int, ...] = (
     ends = (0, *cuts, length)
 
     def ranks(parts: dict[str, Any], initial_state: Any = None) -> tuple[Tensor, Any]:
-        slices = [_cut(mixer, parts, a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        slices = [_cut(mixer, parts, a, b) for a, b in pairwise(ends)]
         before, ys, state = None, [], None
         for piece in slices:
             y, state = subject.forward(piece, initial_state=before)
@@ -374,7 +375,7 @@ def _units(
         yield got, want, keep
         return
     ends = packed.tolist()
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in pairwise(ends):
         yield got[:, a:b], want[:, a:b], keep
 
 

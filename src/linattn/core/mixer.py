@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from linattn.core.shapes import Segment
 
 S = TypeVar("S", bound=tuple)
 Combine = Callable[[S, S], S]
@@ -60,6 +62,28 @@ class Mixer:
     put_: Callable[..., None]
     once: frozenset[str] = frozenset()
     backends: tuple[str, ...] = ("torch",)
+
+
+class Layer(Protocol):
+    """A mixer with its projections: what a decoder block holds, built by the mixer's Config.
+
+    Every layer.py has a frozen Config dataclass with ``build(d_model, layer, n_layers) -> Layer`` (layer counts from 0)
+    and an nn.Module with these members.
+    """
+
+    mixer: Mixer
+
+    def __call__(self, x: Tensor, state: Any, segment: Segment, return_state: bool = True) -> tuple[Tensor, Any]:
+        """x [B, T, d_model] -> y [B, T, d_model] and the State after each document, or None."""
+        ...
+
+    def identity(self, documents: int) -> Any:
+        """The State that has read nothing, for this layer's sizes, device and dtype."""
+        ...
+
+    def step_(self, x: Tensor, pool: Any, slots: Tensor, positions: Tensor) -> Tensor:
+        """One token a row: x [B, d_model], slots int32 [B], positions int64 [B] -> y [B, d_model]; pool in place."""
+        ...
 
 
 def map_state(function: Callable[..., Tensor], *states: S) -> S:

@@ -1,1 +1,26 @@
 """Plain modules: norms, rotary positions, gated MLPs, embedding and head, cross-entropy. No state."""
+
+from linattn.nn.embedding import Embedding, Head, cut_logits, padded_vocab
+from linattn.nn.loss import cross_entropy
+from linattn.nn.mlp import SGLU, SwiGLU
+from linattn.nn.norm import RMSNorm, SimpleRMSNorm, make_norm, rms_norm
+from linattn.nn.rotary import LRPE, Rotary, apply_rotary, rotary_angles, rotary_frequencies
+
+__all__ = [
+    "LRPE",
+    "SGLU",
+    "Embedding",
+    "Head",
+    "RMSNorm",
+    "Rotary",
+    "SimpleRMSNorm",
+    "SwiGLU",
+    "apply_rotary",
+    "cross_entropy",
+    "cut_logits",
+    "make_norm",
+    "padded_vocab",
+    "rms_norm",
+    "rotary_angles",
+    "rotary_frequencies",
+]
