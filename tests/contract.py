@@ -4,7 +4,7 @@ import importlib
 
 from linattn.core.laws import Subject
 
-MIXERS = ("taylor",)
+MIXERS = ("taylor", "prefix",)
 
 
 def mixer_module(name):

@@ -26,6 +26,7 @@ BLOCK_TOKENS = 2048
 class Plan:
     """How [B, T, ...] becomes chunks [m, R, C, ...]: m chunks in a row, R rows, C tokens each.
 
+    starts: int64 [m, R], where in its document each chunk begins.
     lengths: int64 [m, R], the real tokens of each chunk; the rest of its C are padding at its end.
     Packed rows (R = 1) also know: rows [m, C] the token each place holds; place [T] where each token went;
     fresh bool [m, 1] first chunk of its document; document int64 [m]; last int64 [N] each document's last chunk;
@@ -34,6 +35,7 @@ class Plan:
 
     size: int
     tokens: int
+    starts: Tensor
     lengths: Tensor
     rows: Tensor | None = None
     place: Tensor | None = None
@@ -48,11 +50,9 @@ class Plan:
         return torch.arange(self.size, device=self.lengths.device) < self.lengths[..., None]
 
     def limited(self, lengths: Tensor) -> Plan:
-        """The same cut of an unpacked batch where row b holds only its first lengths[b] tokens; the rest is padding."""
-        assert self.rows is None
-        starts = torch.arange(self.lengths.shape[0], device=lengths.device)[:, None] * self.size
-        kept = torch.minimum(self.lengths, (lengths.long() - starts).clamp(min=0))
-        return replace(self, lengths=kept)
+        """The same cut where row (or document) n holds only its first lengths[n] tokens; the rest is padding."""
+        lengths = lengths.long() if self.document is None else lengths.long()[self.document][:, None]
+        return replace(self, lengths=torch.minimum(self.lengths, (lengths - self.starts).clamp(min=0)))
 
 
 def plan_chunks(batch: int, tokens: int, size: int, cu_seqlens: Tensor | None, device: torch.device) -> Plan:
@@ -62,9 +62,9 @@ def plan_chunks(batch: int, tokens: int, size: int, cu_seqlens: Tensor | None, d
     nothing waits for the device; chunks that no document needs have length 0.
     """
     if cu_seqlens is None:
-        count = -(-tokens // size)
-        starts = torch.arange(count, device=device)[:, None] * size
-        return Plan(size, tokens, (tokens - starts).clamp(max=size).expand(count, batch))
+        count = max(1, -(-tokens // size))
+        starts = (torch.arange(count, device=device)[:, None] * size).expand(count, batch)
+        return Plan(size, tokens, starts, (tokens - starts).clamp(max=size))
     offsets = cu_seqlens.long()
     documents = offsets.numel() - 1
     per_document = (offsets.diff() + size - 1) // size
@@ -85,6 +85,7 @@ def plan_chunks(batch: int, tokens: int, size: int, cu_seqlens: Tensor | None, d
     return Plan(
         size,
         tokens,
+        (within * size)[:, None],
         lengths[:, None],
         rows=rows,
         place=(firsts[of_token] + inside // size) * size + inside % size,

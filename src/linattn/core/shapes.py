@@ -70,6 +70,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int, name: str = "c
         raise ValueError(
             f"{name} packs documents into one row, but the batch is {batch}: reshape [B, T, ...] to [1, B*T, ...]"
         )
+    if tokens == 0:
+        raise ValueError(f"{name} was given with no tokens at all: leave the call out")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{name} must be int32 or int64 of shape [N+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
