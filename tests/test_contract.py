@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from contract import SUBJECTS, name_of
 
+from contract import SUBJECTS, name_of
 from linattn.core.laws import LAWS, LENGTHS, parity, parity_from_state
 
 

@@ -1,0 +1,334 @@
+"""The one skeleton: embedding, blocks of (norm, mixer, norm, MLP), norm, head. Every model here is a choice of mixers.
+
+A model's state is how many tokens it has read and one State a layer. Padding never reaches a mixer: a padded batch is
+packed here, once, into one row whose last document is all the pads, and the outputs are scattered back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from linattn.core.mixer import map_state, state_bytes
+from linattn.core.shapes import Segment, check_cu_seqlens, document_of_token
+from linattn.mixers.lightning.layer import LightningConfig
+from linattn.mixers.prefix.layer import PrefixConfig
+from linattn.mixers.shortconv.layer import ShortConvConfig
+from linattn.mixers.softmax.layer import SoftmaxConfig
+from linattn.mixers.taylor.layer import TaylorConfig
+from linattn.mixers.window.layer import WindowConfig
+from linattn.nn import SGLU, Embedding, Head, SwiGLU, cross_entropy, make_norm
+
+MixerConfig = TaylorConfig | PrefixConfig | LightningConfig | WindowConfig | ShortConvConfig | SoftmaxConfig
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What `Decoder` is built from. Model files (based.py and its kin) make one from their own few dials."""
+
+    d_model: int
+    mixers: tuple[MixerConfig, ...]
+    d_hidden: int
+    vocab_size: int
+    mlp: Literal["swiglu", "swiglu_gate_first", "sglu"] = "swiglu"
+    norm: Literal["rms", "simple"] = "rms"
+    norm_eps: float = 1e-5
+    vocab_multiple: int = 8
+    reserved_ids: tuple[int, ...] = ()
+    tie_embeddings: bool = True
+    scale_embedding: bool = False
+    init_std: float = 0.02
+    init_depth_scaled: bool = True
+    """out_proj and fc2 begin at init_std / sqrt(2 n_layers), as published for Based."""
+    prefix_length: int = 0
+    """The longest prefix of a prefix model; 0 for all others."""
+
+
+class ModelState(NamedTuple):
+    """What a model remembers of N documents.
+
+    tokens: int64 [N], how many it has read. layers: one State a layer, each with N rows.
+    """
+
+    tokens: Tensor
+    layers: tuple[Any, ...]
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: hidden [B, T, d_model], logits as asked for, and the state if asked for."""
+
+    hidden: Tensor
+    logits: Tensor | None
+    state: ModelState | None
+
+
+class Packing(NamedTuple):
+    """A padded batch [B, T] as one row [1, B*T]: real tokens row by row, then all pads as document B."""
+
+    order: Tensor
+    """int64 [B*T]: which token of the flattened batch stands at each place."""
+    place: Tensor
+    """int64 [B*T]: where each token of the flattened batch went."""
+    cu_seqlens: Tensor
+    """int32 [B+2]."""
+
+
+def pack(mask: Tensor) -> Packing:
+    """Pack by mask bool [B, T], True on real tokens: left, right and middle padding alike, at static shapes."""
+    real = mask.flatten()
+    order = torch.argsort((~real).to(torch.uint8), stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    ends = mask.sum(1).cumsum(0)
+    total = torch.full_like(ends[:1], real.numel())
+    return Packing(order, place, torch.cat([torch.zeros_like(total), ends, total]).to(torch.int32))
+
+
+class Block(nn.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x)). The residual stream stays in fp32 where the weights are 16-bit."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        d = config.d_model
+        self.mixer_norm = make_norm(config.norm, d, config.norm_eps)
+        self.mixer: Any = config.mixers[layer].build(d, layer, len(config.mixers))
+        self.mlp_norm = make_norm(config.norm, d, config.norm_eps)
+        if config.mlp == "sglu":
+            self.mlp = SGLU(d, config.d_hidden)
+        else:
+            order = "value_gate" if config.mlp == "swiglu" else "gate_value"
+            self.mlp = SwiGLU(d, config.d_hidden, order=order)
+
+    def forward(
+        self, x: Tensor, state: Any, segment: Segment, return_state: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Any]:
+        """x [B, T, d_model] -> the same, and the mixer's State."""
+        y, state = self.mixer(self.mixer_norm(x).to(dtype), state, segment, return_state)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x).to(dtype)), state
+
+    def step_(self, x: Tensor, pool: Any, slots: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """One token a row: x [B, d_model] -> the same; the pool in place."""
+        x = x + self.mixer.step_(self.mixer_norm(x).to(dtype), pool, slots, positions)
+        return x + self.mlp(self.mlp_norm(x).to(dtype))
+
+
+class Decoder(nn.Module):
+    """A language model of any of the mixers. See `forward`, `step_` and `loss`."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(
+            config.vocab_size,
+            config.d_model,
+            config.vocab_multiple,
+            scale=math.sqrt(config.d_model) if config.scale_embedding else None,
+            reserved_ids=config.reserved_ids,
+        )
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(len(config.mixers)))
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
+        self.head = Head(config.vocab_size, config.d_model, config.vocab_multiple, tied=config.tie_embeddings)
+        self.checkpoint_blocks = False
+        """Whether training recomputes each block in the backward pass instead of keeping its activations."""
+        if not self.embedding.weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew: N(0, init_std), biases 0; modules with a rule of their own follow it.
+
+        After building on the meta device: ``model.to_empty(device=...)``, then this.
+        """
+        std = self.config.init_std
+        deep = std / math.sqrt(2 * len(self.blocks)) if self.config.init_depth_scaled else std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=deep if name.endswith(("out_proj", "fc2")) else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Embedding) or (isinstance(module, Head) and module.weight is not None):
+                nn.init.normal_(module.weight, std=std)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # pyright: ignore[reportCallIssue]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[padded vocab, d_model]: the head's own, or the embedding's where they are tied."""
+        return self.embedding.weight if self.head.weight is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., d_model] -> logits [..., vocab_size]."""
+        hidden = hidden.to(self.head_weight.dtype)
+        return self.head(hidden, self.embedding.weight if self.head.weight is None else None)
+
+    def loss(self, hidden: Tensor, targets: Tensor, chunk: int | None = None, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of hidden [..., d_model] against targets [...] (-100 ignored), ``chunk`` rows at a time."""
+        return cross_entropy(
+            hidden.flatten(0, -2).to(self.head_weight.dtype),
+            self.head_weight,
+            targets.flatten(),
+            vocab_size=self.config.vocab_size,
+            chunk=chunk,
+            reduction=reduction,
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        state: ModelState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+        return_state: bool = False,
+        scan: Any = None,
+    ) -> Output:
+        """Read tokens int64 [B, T] after ``state``.
+
+        Args:
+            mask: bool [B, T], False on pads, wherever they are; padding is exact. The outputs of pads mean nothing.
+            cu_seqlens: int32 [N+1], documents packed in one row (B = 1). Not together with mask.
+            prefix_lengths: int64 [B] or [N], for prefix models, on the first call of a document only.
+            logits: "all" [B, T, vocab]; "last" [N, vocab], each document's last token's; "none".
+            return_state: whether to return the state after these tokens (N = B rows, or N documents).
+            scan: distributed/sequence.py's scan over ranks.
+
+        Raises:
+            ValueError: arguments that do not fit one another; a token outside the vocabulary (checked on the CPU).
+        """
+        B, T = tokens.shape
+        if T == 0 or B == 0:
+            raise ValueError(f"tokens must hold at least one token, got shape {list(tokens.shape)}")
+        if mask is not None and cu_seqlens is not None:
+            raise ValueError("give mask or cu_seqlens, not both: a packed batch has no pads")
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, B, T)
+        if prefix_lengths is not None and not self.config.prefix_length:
+            raise ValueError("prefix_lengths given, but this model has no prefix layers")
+        packing = None
+        if mask is not None:
+            if mask.shape != tokens.shape:
+                raise ValueError(f"mask must be {list(tokens.shape)} as the tokens are, got {list(mask.shape)}")
+            packing = pack(mask.bool())
+            tokens, cu_seqlens = tokens.flatten()[packing.order][None], packing.cu_seqlens
+            state = _with_pads(state)
+            if prefix_lengths is not None:
+                prefix_lengths = torch.cat([prefix_lengths, prefix_lengths.new_zeros(1)])
+        segment = Segment(self._positions(tokens, state, cu_seqlens), cu_seqlens, prefix_lengths, scan)
+        hidden, layers = self._run(tokens, state, segment, return_state)
+        after = None
+        if return_state:
+            read = segment.positions.new_zeros(B) if state is None and cu_seqlens is None else None
+            read = self._read_before(state, segment) if read is None else read
+            grown = segment.positions.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
+            after = ModelState(read + grown, layers)
+        if packing is None:
+            return Output(hidden, self._some_logits(hidden, cu_seqlens, logits), after)
+        last = self._some_logits(hidden, cu_seqlens, "last")[:-1] if logits == "last" else None
+        hidden = hidden[0, packing.place].unflatten(0, (B, T))
+        return Output(hidden, self._some_logits(hidden, None, logits) if last is None else last, _without_pads(after))
+
+    def _run(
+        self, tokens: Tensor, state: ModelState | None, segment: Segment, return_state: bool
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        dtype = self.embedding.weight.dtype
+        x = self.embedding(tokens)
+        x = x if dtype == torch.float64 else x.float()
+        layers = []
+        for i, block in enumerate(self.blocks):
+            before = None if state is None else state.layers[i]
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, after = checkpoint(block, x, before, segment, return_state, dtype, use_reentrant=False)
+            else:
+                x, after = block(x, before, segment, return_state, dtype)
+            layers.append(after)
+        return self.norm(x), tuple(layers)
+
+    @staticmethod
+    def _positions(tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        if cu_seqlens is None:
+            places = places.expand(tokens.shape)
+            return places if state is None else places + state.tokens[:, None]
+        document = document_of_token(cu_seqlens, tokens.shape[1])
+        inside = places - cu_seqlens[document].long()
+        return (inside if state is None else inside + state.tokens[document])[None]
+
+    @staticmethod
+    def _read_before(state: ModelState | None, segment: Segment) -> Tensor:
+        if state is not None:
+            return state.tokens
+        assert segment.cu_seqlens is not None
+        return torch.zeros_like(segment.cu_seqlens[1:], dtype=torch.int64)
+
+    def _some_logits(self, hidden: Tensor, cu_seqlens: Tensor | None, which: str) -> Any:
+        if which == "none":
+            return None
+        if which == "all":
+            return self.logits(hidden)
+        if cu_seqlens is None:
+            return self.logits(hidden[:, -1])
+        return self.logits(hidden[0, (cu_seqlens[1:].long() - 1).clamp(min=0)])
+
+    def identity(self, documents: int) -> ModelState:
+        """The state that has read nothing, for this model's device and dtype."""
+        tokens = torch.zeros(documents, dtype=torch.int64, device=self.embedding.weight.device)
+        return ModelState(tokens, tuple(block.mixer.identity(documents) for block in self.blocks))
+
+    def new_pool(self, slots: int, capacity: int | None = None) -> ModelState:
+        """Room for ``slots`` documents in decoding, each of up to ``capacity`` tokens where that matters (softmax)."""
+        empty = self.identity(1)
+        layers = (b.mixer.mixer.new_pool(s, slots, capacity) for b, s in zip(self.blocks, empty.layers, strict=True))
+        return ModelState(empty.tokens.new_zeros(slots + 1), tuple(layers))
+
+    def take(self, pool: ModelState, slots: Tensor) -> ModelState:
+        """The states in ``slots`` int [N] of a pool, copied."""
+        layers = (b.mixer.mixer.take(p, slots) for b, p in zip(self.blocks, pool.layers, strict=True))
+        return ModelState(pool.tokens[slots.long()], tuple(layers))
+
+    def put_(self, pool: ModelState, slots: Tensor, state: ModelState) -> None:
+        """Write states of N rows into ``slots`` int [N] of a pool."""
+        pool.tokens[slots.long()] = state.tokens
+        for block, room, after in zip(self.blocks, pool.layers, state.layers, strict=True):
+            block.mixer.mixer.put_(room, slots, after)
+
+    @torch.no_grad()
+    def step_(self, tokens: Tensor, pool: ModelState, slots: Tensor) -> Tensor:
+        """Decode one token a row: tokens int64 [B], slots int32 [B] (-1: an idle row) -> logits [B, vocab_size].
+
+        The pool's states are rewritten in place.
+        """
+        rows = torch.where(slots < 0, pool.tokens.shape[0] - 1, slots).long()
+        positions = pool.tokens[rows]
+        dtype = self.embedding.weight.dtype
+        x = self.embedding(tokens)
+        x = x if dtype == torch.float64 else x.float()
+        for block, room in zip(self.blocks, pool.layers, strict=True):
+            x = block.step_(x, room, slots, positions, dtype)
+        pool.tokens[rows] = positions + 1
+        return self.logits(self.norm(x))
+
+
+def model_state_bytes(state: ModelState) -> int:
+    """Bytes that a model's state holds, all layers, all rows."""
+    return state_bytes((state.tokens,)) + sum(state_bytes(layer) for layer in state.layers)
+
+
+def map_model_state(function: Any, *states: ModelState) -> ModelState:
+    """``function`` of every tensor of the states, leaf by leaf."""
+    layers = zip(*(s.layers for s in states), strict=True)
+    return ModelState(function(*(s.tokens for s in states)), tuple(map_state(function, *leaf) for leaf in layers))
+
+
+def _with_pads(state: ModelState | None) -> ModelState | None:
+    """One row more, for the document of pads: any State does, since nothing of that document is kept."""
+    return None if state is None else map_model_state(lambda leaf: torch.cat([leaf, leaf[:1]]), state)
+
+
+def _without_pads(state: ModelState | None) -> ModelState | None:
+    return None if state is None else map_model_state(lambda leaf: leaf[:-1], state)
