@@ -90,11 +90,11 @@ def test_memory_of_a_forward_pass_does_not_grow_with_the_features():
                     largest = max(largest, x.numel())
             return out
 
-    T, H = 8192, 2
+    T, H = 16384, 2
     q, k, v = torch.randn(1, T, H, 16), torch.randn(1, T, H, 16), torch.randn(1, T, H, 64)
     with torch.no_grad(), Largest():
         taylor_attention(q, k, v)
-    assert largest <= max(v.numel(), 2048 * H * 153)
+    assert largest <= max(v.numel(), 2048 * 153)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ blocks that keeps the working set in cache. Cost and memory are linear in T.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,8 @@ from linattn.core.mixer import Combine, map_state, scan, select
 from linattn.core.shapes import document_of_token
 
 BLOCK_TOKENS = 2048
-"""Tokens that one block of chunks holds: its features and scores are built, used and dropped together."""
+BLOCK_ROWS = 2048
+"""Rows (tokens x heads x batch) that one block of chunks holds, about: what is built of them fits a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def run_chunks(
         outputs [B, T, H, V] and the final State [N, ...] (None unless asked for).
     """
     chunks = tuple(cut(x, plan) for x in inputs)
-    block = max(1, BLOCK_TOKENS // plan.size)
+    block = _chunks_a_block(chunks)
     masks, lengths = plan.mask[:, :, None], plan.lengths
     blocks = [x.split(block) for x in (*chunks, masks, lengths)]
     fresh = plan.fresh.split(block) if plan.fresh is not None else None
@@ -171,7 +173,7 @@ def sum_chunks(
 ) -> Any:
     """The State [N, ...] of all tokens read from nothing: `run_chunks` without outputs."""
     chunks = tuple(cut(x, plan) for x in inputs)
-    block = max(1, BLOCK_TOKENS // plan.size)
+    block = _chunks_a_block(chunks)
     blocks = [x.split(block) for x in (*chunks, plan.mask[:, :, None], plan.lengths)]
     fresh = plan.fresh.split(block) if plan.fresh is not None else [None] * len(blocks[0])
     carry = identity if plan.fresh is None else map_state(lambda leaf: leaf[:1], identity)
@@ -185,6 +187,10 @@ def sum_chunks(
         return carry
     final = map_state(lambda *leaves: torch.cat(leaves)[plan.last, 0], *kept)
     return select(plan.empty, identity, final)
+
+
+def _chunks_a_block(chunks: tuple[Tensor, ...]) -> int:
+    return max(1, BLOCK_ROWS // max(math.prod(x.shape[1:4]) for x in chunks))
 
 
 def _with_carry(combine: Combine, carry: Any, added: Any, fresh: Tensor | None) -> Any:

@@ -10,25 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from linattn.data.meta import (
-    DTYPES,
-    VERSION,
-    Meta,
-    ShardMeta,
-    SplitMeta,
-    TokenizerMeta,
-    read_meta,
-    shard_path,
-    write_meta,
-)
+from linattn.data.meta import VERSION, Meta, TokenizerMeta, read_meta, write_meta
 from linattn.data.read import DOCUMENTS, PIECE, Piece, kind_of, read_pieces
 from linattn.data.tokenizer import Tokenizer, load_tokenizer
+from linattn.data.writer import ShardWriter
 
 _BATCH = 32 * PIECE  # characters encoded at once: about 4 MB of text, and some 16 MB of ids
 _MANY = 20  # documents that must fall to validation for it to be chosen by document: then it is empty once in e^20
@@ -53,8 +41,8 @@ def prepare(
     What is held out for validation depends on nothing but the text. With at least 20 documents to hold out
     (``validation_fraction`` times their number), a document is held out by the hash of its text: copies of one
     document never fall on both sides, and adding files moves none. With fewer, it is the last part of the text, in
-    bytes and in the order of the inputs, cut at white space: the document that is cut ends in train, and its rest is a
-    document of its own in validation.
+    bytes and in the order of the inputs, cut at white space where the 128 Ki characters around have any: the document
+    that is cut ends in train, and its rest is a document of its own in validation.
 
     Nothing is left of a run that fails or is interrupted: the work is done in ``out.partial``, renamed at the end.
 
@@ -197,7 +185,7 @@ def _write(
     spec = tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     names = ("train",) if held_out == "none" else ("train", "validation")
-    writers = {name: _Writer(folder, name, dtype, tokenizer, shard_tokens) for name in names}
+    writers = {name: ShardWriter(folder, name, dtype, tokenizer, shard_tokens) for name in names}
     try:
         for batch in _batches(assigned):
             arrays = tokenizer.encode_batch([text for _, text, _ in batch])
@@ -237,67 +225,6 @@ def _batches(assigned: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[s
             batch, size = [], 0
     if batch:
         yield batch
-
-
-class _Writer:
-    """Tokens of one split into shards of at most ``shard_tokens``."""
-
-    def __init__(self, folder: Path, split: str, dtype: str, tokenizer: Tokenizer, shard_tokens: int):
-        self.bytes = 0  # of text, counted by the caller
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._dtype, self._vocab_size, self._eos = np.dtype(DTYPES[dtype]), tokenizer.vocab_size, tokenizer.eos
-        self._shards: list[ShardMeta] = []
-        self._handle = None
-        self._begins = True  # the next token is a document's first
-        (folder / split).mkdir()
-
-    def append(self, ids: np.ndarray, ends: bool) -> None:
-        """The next tokens of the document under way, and whether it ends with them."""
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
-            raise ValueError(f"the tokenizer gave an id outside [0, {self._vocab_size}), its vocab_size")
-        data = np.empty(len(ids) + ends, dtype=self._dtype)
-        data[: len(ids)] = ids
-        if ends:
-            data[-1] = self._eos
-        while len(data):
-            room = self._shard_tokens - self._tokens if self._handle else 0
-            if room == 0:
-                self.close()
-                self._open()
-                room = self._shard_tokens
-            if self._begins:
-                self._starts.append(self._tokens)
-                self._begins = False
-            self._put(data[:room])
-            data = data[room:]
-        self._begins = ends or self._begins
-
-    def close(self) -> None:
-        """Finish the shard under way."""
-        if self._handle is None:
-            return
-        self._handle.close()
-        self._handle = None
-        index = np.append(np.frombuffer(self._starts, dtype=np.int64), self._tokens).astype("<i8")
-        shard_path(self._folder, self._split, len(self._shards), "idx").write_bytes(index.tobytes())
-        size = self._tokens * self._dtype.itemsize
-        self._shards.append(ShardMeta(self._tokens, len(self._starts), size, self._sha.hexdigest()))
-
-    def meta(self) -> SplitMeta:
-        """What was written. Call after `close`."""
-        tokens, documents = sum(s.tokens for s in self._shards), sum(s.documents for s in self._shards)
-        return SplitMeta(tokens, documents, self.bytes, tuple(self._shards))
-
-    def _open(self) -> None:
-        self._handle = shard_path(self._folder, self._split, len(self._shards), "bin").open("wb")
-        self._sha, self._tokens, self._starts = hashlib.sha256(), 0, array("q")
-
-    def _put(self, data: np.ndarray) -> None:
-        assert self._handle is not None
-        raw = data.tobytes()
-        self._handle.write(raw)
-        self._sha.update(raw)
-        self._tokens += len(data)
 
 
 def _publish(partial: Path, out: Path) -> None:

@@ -168,9 +168,10 @@ def _pieces(text: str, inside: bool) -> Iterator[Piece]:
 
 def _cut(text: str) -> int:
     """Where to cut the first piece off a text longer than `PIECE`: before a single space if there is one."""
-    for match in reversed(list(re.finditer(r"(?<=\S) (?=\S)", text[PIECE // 2 : PIECE + 1]))):
-        return PIECE // 2 + match.start()
-    return PIECE
+    cut = text.rfind(" ", PIECE // 2, PIECE)
+    while cut >= 0 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+        cut = text.rfind(" ", PIECE // 2, cut)
+    return cut if cut >= 0 else PIECE
 
 
 def _jsonl(source: str, field: str) -> Iterator[str]:
@@ -180,7 +181,7 @@ def _jsonl(source: str, field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
+                record = json.loads(line.decode("utf-8-sig").rstrip())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
             except json.JSONDecodeError as error:

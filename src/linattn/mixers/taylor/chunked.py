@@ -43,10 +43,11 @@ def features(x: Tensor) -> Tensor:
     """
     dim = x.shape[-1]
     i, j = torch.triu_indices(dim, dim, device=x.device)
-    coefficients = torch.ones(len(i), device=x.device, dtype=x.dtype).masked_fill(i == j, 1 / math.sqrt(2))
+    halved = torch.cat([i.new_zeros(1 + dim, dtype=torch.bool), i == j])
+    coefficients = torch.ones(len(halved), device=x.device, dtype=x.dtype).masked_fill(halved, 1 / math.sqrt(2))
     # Slices, not x[..., i] * x[..., j]: half the time forward, a third backward.
-    products = torch.cat([column * x[..., n:] for n, column in enumerate(x.split(1, -1))], -1)
-    return torch.cat([torch.ones_like(x[..., :1]), x, products * coefficients], -1)
+    products = (column * x[..., n:] for n, column in enumerate(x.split(1, -1)))
+    return torch.cat([torch.ones_like(x[..., :1]), x, *products], -1) * coefficients
 
 
 def identity(batch: int, heads: int, feature_dim: int, value_dim: int, like: Tensor) -> TaylorState:
@@ -63,9 +64,11 @@ def combine(earlier: TaylorState, later: TaylorState) -> TaylorState:
 
 
 def _summarize_chunks(k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> TaylorState:
-    """k [m, R, H, C, F], v [m, R, H, C, V] -> sums over C. Padding is masked after phi, because phi(0) is not 0."""
-    fk = features(k).masked_fill(~mask[..., None], 0)
-    return TaylorState(fk.transpose(-1, -2) @ v, fk.sum(-2))
+    """k [m, R, H, C, F], v [m, R, H, C, V] -> sums over C. Padding counts for nothing though phi(0) is not 0."""
+    fk = features(k)
+    real = mask.to(v.dtype)
+    S = fk.transpose(-1, -2) @ v.masked_fill(~mask[..., None], 0)
+    return TaylorState(S, (real.unsqueeze(-2).expand(*v.shape[:3], 1, -1) @ fk).squeeze(-2))
 
 
 def summarize(k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> TaylorState:
@@ -102,18 +105,23 @@ def forward(
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
         initial_state = identity(rows, n_state, k.shape[-1], v.shape[-1], k)
-    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+    causal = torch.ones(CHUNK, CHUNK, dtype=dtype, device=q.device).tril().repeat(group, 1)
+    half = torch.full((), 0.5, dtype=dtype, device=q.device)
 
     def outputs(before: TaylorState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
         # A group's queries stand below one another, so that its keys, values and State are read once.
-        q = q.unflatten(2, (n_state, group))
-        s = q @ k.unsqueeze(3).transpose(-1, -2)
-        w = (1 + s + s * s / 2) * causal
+        heads = q.shape[:3]
+        q = q.unflatten(2, (n_state, group)).flatten(3, 4).flatten(0, 2)
+        k, v = k.flatten(0, 2), v.flatten(0, 2)
+        S, z = (leaf.flatten(0, 2) for leaf in before)
+        # 1 + s + s^2/2 = ((1 + s)^2 + 1) / 2: one pass over the scores where the sum would take four.
+        s = torch.baddbmm(half.new_ones(1, 1, 1), q, k.transpose(1, 2))
+        w = torch.addcmul(half, s, s, value=0.5) * causal
         fq = features(q)
-        y = w @ v.unsqueeze(3) + fq @ before.S.unsqueeze(3)
+        y = torch.baddbmm(w @ v, fq, S)
         if normalize:
-            y = y / (w.sum(-1) + (fq @ before.z[:, :, :, None, :, None]).squeeze(-1))[..., None]
-        return y.flatten(2, 3).to(out_dtype)
+            y = y / torch.baddbmm(w.sum(-1, keepdim=True), fq, z[..., None])
+        return y.to(out_dtype).unflatten(0, (*heads[:2], n_state)).unflatten(3, (group, CHUNK)).flatten(2, 3)
 
     def summarize_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> TaylorState:
         return _summarize_chunks(k, v, mask, lengths)
