@@ -35,7 +35,7 @@ class BasedConfig:
     """Width of the SwiGLU."""
     conv_expand: int = 4
     """A short convolution's in_proj is conv_expand * d_model wide; half of it gates the other."""
-    conv_width: int = 3
+    conv_kernel: int = 3
     """Taps of the short convolution."""
     normalize: bool = True
     """Whether Taylor attention divides by the sum of weights."""
@@ -49,7 +49,7 @@ class BasedConfig:
     def decoder(self) -> DecoderConfig:
         """The skeleton's configuration."""
         check_schedule(self.n_layers, linear_layers=self.linear_layers, window_layers=self.window_layers)
-        conv = ShortConvConfig(expand=self.conv_expand, width=self.conv_width)
+        conv = ShortConvConfig(expand=self.conv_expand, kernel=self.conv_kernel)
         window = WindowConfig(n_heads=self.n_heads, window=self.window)
         kinds = {**dict.fromkeys(self.linear_layers, self.linear()), **dict.fromkeys(self.window_layers, window)}
         return DecoderConfig(
