@@ -1,0 +1,40 @@
+# make demo | test | test-all | lint | bench. Each installs what it needs into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-all test-wheel lint bench clean
+
+$(VENV)/installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/linattn demo --out demo-out
+
+test: $(VENV)/installed
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: lint test-wheel
+	$(PYTEST) -m "not gpu"
+
+# The same tests against the built wheel, in a virtual environment that has never seen the source tree's package.
+test-wheel: $(VENV)/installed
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build -q --wheel --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	wheel=$$(ls dist/*.whl) && .venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt "$$wheel[dev]"
+	OMP_NUM_THREADS=1 .venv-wheel/bin/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/installed
+	$(BIN)/linattn bench cpu --record
+
+clean:
+	rm -rf $(VENV) .venv-wheel dist demo-out
