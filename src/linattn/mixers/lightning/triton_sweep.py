@@ -1,0 +1,220 @@
+"""The one kernel of lightning attention in Triton: a sweep over a document, its state in registers.
+
+    out_t = sum over s of decay^|t - s| (a_t . b_s) c_s,  s up to t (forward) or from t on (reverse)
+
+The forward is the sweep of (q, k, v). The gradients are three more: dq of (do, v, k) forward, dk of (v, do, q) and dv of
+(k, q, do) in reverse, whose state is the State's gradient. A document may be cut in segments, each a program of its own,
+given the state before each; `_sweep` without outputs makes what each segment adds, `_scan_segments` the running states.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sweep(
+    a,
+    b,
+    c,
+    out,
+    log_decay,
+    state_in,
+    state_out,
+    cu_seqlens,
+    segment_document,
+    segment_start,
+    scale,
+    tokens,
+    segment_tokens,
+    per_row,
+    a_n,
+    a_t,
+    a_h,
+    b_n,
+    b_t,
+    b_h,
+    c_n,
+    c_t,
+    c_h,
+    out_n,
+    out_t,
+    out_h,
+    in_n,
+    in_h,
+    in_k,
+    in_v,
+    final_n,
+    final_h,
+    final_k,
+    final_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    A_GROUP: tl.constexpr,
+    B_GROUP: tl.constexpr,
+    C_GROUP: tl.constexpr,
+    STATE_GROUP: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Grid (value blocks, heads, segments). a, b [.., K], c, out [.., V]; state [K, V], held as [V, K].
+
+    STATE_GROUP heads share a state; the first of them writes it. SPLIT: documents are cut in segments of
+    segment_tokens (a multiple of C), per_row of them a row, or as segment_document and segment_start say when packed.
+    FINAL: 0 nothing, 1 the state after each document, 2 what each segment adds.
+    """
+    v0 = tl.program_id(0) * BV
+    h = tl.program_id(1)
+    segment = tl.program_id(2).to(tl.int64)
+    document = segment
+    first = 0
+    if SPLIT:
+        if PACKED:
+            document = tl.load(segment_document + segment).to(tl.int64)
+            first = tl.load(segment_start + segment)
+        else:
+            document = segment // per_row
+            first = ((segment % per_row) * segment_tokens).to(tl.int32)
+    row = document
+    begin = row * 0
+    length = tokens
+    if PACKED:
+        row = document * 0
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), begin), tokens)
+        length = (end - begin).to(tl.int32)
+    last = length
+    if SPLIT:
+        last = tl.minimum(length, first + segment_tokens)
+    chunks = tl.maximum(tl.cdiv(last - first, C), 0)
+    if FINAL == 2 and (first == 0 if REVERSE else last == length):
+        chunks = 0  # the sweep's last segment adds to nothing that anyone reads
+
+    rows = tl.maximum(length, 1)
+    b_rows = tl.make_tensor_descriptor(
+        b + row * b_n + begin * b_t + (h // B_GROUP).to(tl.int64) * b_h, [rows, K], [b_t, 1], [C, BK]
+    )
+    c_rows = tl.make_tensor_descriptor(
+        c + row * c_n + begin * c_t + (h // C_GROUP).to(tl.int64) * c_h, [rows, V], [c_t, 1], [C, BV]
+    )
+    if OUTPUT:
+        a_rows = tl.make_tensor_descriptor(
+            a + row * a_n + begin * a_t + (h // A_GROUP).to(tl.int64) * a_h, [rows, K], [a_t, 1], [C, BK]
+        )
+        out_rows = tl.make_tensor_descriptor(
+            out + row * out_n + begin * out_t + h.to(tl.int64) * out_h, [rows, V], [out_t, 1], [C, BV]
+        )
+
+    log2_decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32) * 1.4426950408889634
+    i = tl.arange(0, C)
+    k_index = tl.arange(0, BK)
+    v_index = v0 + tl.arange(0, BV)
+    inside = (v_index[:, None] < V) & (k_index[None, :] < K)
+    dtype = c.dtype.element_ty
+    # float16 ends at 65504, which sums over a long text pass: there the state is an operand in bfloat16.
+    state_dtype = tl.bfloat16 if dtype == tl.float16 else dtype
+    if INITIAL:
+        at = segment * in_n + (h // STATE_GROUP).to(tl.int64) * in_h
+        state = tl.load(state_in + at + v_index[:, None] * in_v + k_index[None, :] * in_k, mask=inside, other=0.0)
+    else:
+        state = tl.zeros([BV, BK], tl.float32)
+    # Scores are held [C of b, C of a]. Distances are selected before the exponential, which never passes 1.
+    if OUTPUT:
+        distance = i[:, None] - i[None, :] if REVERSE else i[None, :] - i[:, None]
+        within = tl.exp2(tl.where(distance >= 0, log2_decay * distance, -float("inf"))) * scale
+    read_scale = 1.0 if REVERSE else scale
+    add_scale = scale if REVERSE else 1.0
+
+    for step in tl.range(0, chunks, num_stages=NUM_STAGES):
+        t = first + (chunks - 1 - step if REVERSE else step) * C
+        m = tl.minimum(C, length - t)
+        to_end = tl.maximum(m - 1 - i, 0)
+        bs = b_rows.load([t, 0])
+        cs = c_rows.load([t, v0])
+        if OUTPUT:
+            q = a_rows.load([t, 0])
+            p = tl.dot(bs, tl.trans(q)) * within
+            since = to_end if REVERSE else i + 1
+            if dtype == tl.float16:
+                y = tl.dot(state.to(state_dtype), tl.trans(q.to(state_dtype)))
+            else:
+                y = tl.dot(state.to(state_dtype), tl.trans(q))
+            y = y * (tl.exp2(log2_decay * since) * read_scale)[None, :]
+            y = tl.dot(tl.trans(cs), p.to(dtype), y)
+            out_rows.store([t, v0], tl.trans(y).to(out.dtype.element_ty))
+        ahead = i + 1 if REVERSE else to_end
+        weighted = (bs.to(tl.float32) * (tl.exp2(log2_decay * ahead) * add_scale)[:, None]).to(dtype)
+        state = tl.dot(tl.trans(cs), weighted, state * tl.exp2(log2_decay * m))
+
+    if FINAL == 2:
+        at = segment * final_n + h.to(tl.int64) * final_h
+        tl.store(state_out + at + v_index[:, None] * final_v + k_index[None, :] * final_k, state, mask=inside)
+    elif FINAL == 1:
+        ends = first == 0 if REVERSE else (last == length) & ((chunks > 0) | (first == 0))
+        if ends & (h % STATE_GROUP == 0):
+            at = document * final_n + (h // STATE_GROUP).to(tl.int64) * final_h
+            tl.store(state_out + at + v_index[:, None] * final_v + k_index[None, :] * final_k, state, mask=inside)
+
+
+@triton.jit
+def _scan_segments(
+    states,
+    initial,
+    log_decay,
+    cu_seqlens,
+    first_segment,
+    tokens,
+    segment_tokens,
+    per_row,
+    heads,
+    size,
+    in_n,
+    in_h,
+    in_k,
+    in_v,
+    V: tl.constexpr,
+    STATE_GROUP: tl.constexpr,
+    INITIAL_GROUP: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """In place, states [segments, heads, K, V]: from what each segment adds to the state before each.
+
+    Grid (blocks of K V, heads, documents). In reverse "before" is after in the text.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.program_id(1)
+    document = tl.program_id(2).to(tl.int64)
+    inside = at < size
+    length = tokens
+    begin = document * per_row
+    count = per_row
+    if PACKED:
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), start), tokens)
+        length = (end - start).to(tl.int32)
+        begin = tl.load(first_segment + document).to(tl.int64)
+        count = tl.maximum(tl.cdiv(length, segment_tokens), 1)
+    log2_decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32) * 1.4426950408889634
+    if INITIAL:
+        where = document * in_n + (h // INITIAL_GROUP).to(tl.int64) * in_h + (at // V) * in_k + (at % V) * in_v
+        state = tl.load(initial + where, mask=inside, other=0.0)
+    else:
+        state = tl.zeros([BLOCK], tl.float32)
+    for step in range(count):
+        s = count - 1 - step if REVERSE else step
+        place = states + ((begin + s) * heads + h) * size + at
+        added = tl.load(place, mask=inside, other=0.0)
+        tl.store(place, state, mask=inside)
+        state = state * tl.exp2(log2_decay * tl.minimum(segment_tokens, length - s * segment_tokens)) + added
