@@ -4,7 +4,7 @@ import importlib
 
 from linattn.core.laws import Subject
 
-MIXERS = ("taylor", "prefix",)
+MIXERS = ("taylor", "prefix", "lightning", "softmax", "window", "shortconv")
 
 
 def mixer_module(name):

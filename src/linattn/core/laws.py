@@ -356,8 +356,8 @@ def _compare(subject: Subject, got: Result, want: Result, packed: Tensor | None 
     wrong = []
     for name, wanted in want.values.items():
         units = _units(subject.mixer, name, got.values[name], wanted, packed)
-        # A document of one token has gradients that are zero but for rounding, and a parameter's is one sum over rows and
-        # tokens that may cancel: both are held to the whole's scale.
+        # A document of one token has gradients that are zero but for rounding, and a parameter's is one sum over rows
+        # and tokens that may cancel: both are held to the whole's scale.
         shared = name.startswith("gradient of ") and not set("BN") & set(_axes_of(subject.mixer, name, wanted))
         floor = scale_floor(wanted) * (1 if packed is None and not shared else 10)
         error = max((relative_error(g, w, keep, floor) for g, w, keep in units), default=0.0)
@@ -431,7 +431,7 @@ def _pad_row(mixer: Mixer, name: str, x: Any) -> Any:
 
 
 def _same_capacity(leaves: tuple[Tensor, ...]) -> list[Tensor]:
-    """Leaves whose second axis is a capacity (softmax: as many places as tokens), filled up with zeros to the largest."""
+    """Leaves whose second axis is a capacity (softmax: a place a token), filled up with zeros to the largest."""
     if leaves[0].ndim < 2:
         return list(leaves)
     largest = max(leaf.shape[1] for leaf in leaves)

@@ -35,7 +35,7 @@ def last_count(x: Tensor, rows: int, cu_seqlens: Tensor | None = None) -> Tensor
 
 
 def append_tail(earlier: Tensor, later: Tensor, count: Tensor) -> Tensor:
-    """The tail of both texts: ``earlier`` pushed out by the ``count`` [...] real rows of ``later``, any leading axes."""
+    """The tail of both texts: ``earlier`` pushed out by ``later``, of which ``count`` [...] rows are real."""
     axis, rows = count.ndim, later.shape[count.ndim]
     place, pushed = torch.arange(rows, device=later.device), count.long()[..., None]
     row = torch.where(place >= rows - pushed, place + rows, place + pushed)
@@ -48,7 +48,7 @@ def append_count(earlier: Tensor, later: Tensor, rows: int) -> Tensor:
 
 
 def tail_of_ring(ring: Tensor, read: Tensor) -> Tensor:
-    """The tail [B, R, ...] in a ring [B, R + 1, ...] whose place t % (R + 1) holds token t, ``read`` [B] tokens read."""
+    """The tail [B, R, ...] of ``read`` [B] tokens in a ring [B, R + 1, ...] whose place t % (R + 1) holds token t."""
     size = ring.shape[1]
     token = read.long()[:, None] + torch.arange(1 - size, 0, device=ring.device)
     rows = ring.take_along_dim(_over(token % size, ring), 1)
@@ -56,7 +56,7 @@ def tail_of_ring(ring: Tensor, read: Tensor) -> Tensor:
 
 
 def ring_of_tail(tail: Tensor, count: Tensor) -> Tensor:
-    """The ring [B, R + 1, ...] of a text whose tokens are the ``count`` [B] real rows of a tail [B, R, ...]; else zeros.
+    """The ring [B, R + 1, ...] of the ``count`` [B] real rows of a tail [B, R, ...], from place 0 on; else zeros.
 
     What the ring held before is overwritten, because a zero weight does not silence a NaN.
     """
@@ -70,4 +70,3 @@ def ring_of_tail(tail: Tensor, count: Tensor) -> Tensor:
 def _over(index: Tensor, x: Tensor) -> Tensor:
     """``index`` with axes of 1 behind, to go with x."""
     return index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
-

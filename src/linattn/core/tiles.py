@@ -1,0 +1,91 @@
+"""What the Triton kernels of all mixers share: common refusals, block sizes, and the memory that descriptors need.
+
+Imports triton only inside functions: `import linattn` must not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from linattn.core.dispatch import Call
+
+OLDEST_TRITON = (3, 4)
+"""The first with tensor descriptors made inside a kernel that fall back to pointers below capability 9.0."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""The first with bf16 matrix products and asynchronous copies."""
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of the installed triton, without importing it; None where there is none."""
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+def machine_refusals(call: Call) -> list[str]:
+    """Why no Triton kernel of ours can run where this call is."""
+    if call.device != "cuda" or torch.version.hip is not None:
+        return [f"needs an NVIDIA GPU, the inputs are on {call.device}"]
+    wrong = []
+    version = triton_version()
+    if version is None:
+        wrong.append("needs triton, which is not installed: pip install triton")
+    elif version < OLDEST_TRITON:
+        wrong.append(f"needs triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer, found {version[0]}.{version[1]}")
+    if call.capability is not None and call.capability < OLDEST_CAPABILITY:
+        wrong.append(f"needs compute capability 8.0, this GPU has {call.capability[0]}.{call.capability[1]}")
+    return wrong
+
+
+def layout_refusals(call: Call, names: tuple[str, ...]) -> list[str]:
+    """Why rows of these 16-bit tensors cannot be fetched in whole 16-byte pieces, as the bulk copy engine does."""
+    wrong = []
+    for name in names:
+        *outer, inner = call.strides[name]
+        sizes = call.shapes[name][:-1]
+        if inner != 1 and call.shapes[name][-1] != 1:
+            wrong.append(f"needs {name} contiguous along its last axis, its stride there is {inner}")
+        elif any(stride % 8 for stride, size in zip(outer, sizes, strict=True) if size > 1):
+            wrong.append(f"needs {name}'s rows to start at multiples of 16 bytes, its strides are {call.strides[name]}")
+    return wrong
+
+
+def block_of(dim: int) -> int:
+    """The power of two, at least 16, that a tile's side must have to hold ``dim``."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many streaming multiprocessors a device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextmanager
+def descriptor_memory(device: torch.device) -> Iterator[None]:
+    """Within this context kernels may make tensor descriptors; torch's allocator gives their 128 bytes each.
+
+    Triton keeps its allocator in a context variable, which autograd's threads do not inherit: every launch enters this.
+    """
+    import triton
+    from triton.runtime import _allocation
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Any:
+        return torch.empty(size, device=device, dtype=torch.int8)
+
+    before = _allocation._allocator.get()
+    triton.set_allocator(allocate)
+    try:
+        yield
+    finally:
+        triton.set_allocator(before)

@@ -1,0 +1,183 @@
+"""Sliding-window attention, backend "torch": O(T W), any device, ordinary differentiable torch.
+
+Chunks of C >= W-1 tokens, each behind the W-1 keys before it (of its document, or of the State); inside a chunk,
+pieces of 64 queries meet the 64 + W-1 keys they can see. Scores and softmax are fp32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linattn.core.chunks import Plan, cut, join, plan_chunks
+from linattn.core.numerics import sum_dtype
+from linattn.core.tails import append_count, append_tail, last_count, last_rows, ring_of_tail, tail_of_ring
+
+QUERIES = 64
+"""Queries a piece: at W 129 a piece sees 192 keys; 32 is as fast forward and slower backward, 128 slower in both."""
+
+MIN_CHUNK = 128
+"""Tokens a chunk, at least."""
+
+BLOCK_SCORES = {"cpu": 2**18, "other": 2**25}
+"""Scores that exist at a time, about: 1 MiB in fp32 stays in a CPU's cache, 128 MiB keep another device busy."""
+
+
+class WindowState(NamedTuple):
+    """What a window remembers: the last W-1 keys and values, in the inputs' dtype, right-aligned, else zeros.
+
+    k: [N, W-1, H, D], rotated.   v: [N, W-1, H, V].   count: int32 [N], how many rows are real: min(tokens, W-1).
+    """
+
+    k: Tensor
+    v: Tensor
+    count: Tensor
+
+
+class WindowPool(NamedTuple):
+    """A ring a slot: token t since the slot was filled lies at place t % W.
+
+    k: [slots + 1, W, H, D].   v: [slots + 1, W, H, V].   tokens: int64 [slots + 1], tokens the ring has taken.
+    """
+
+    k: Tensor
+    v: Tensor
+    tokens: Tensor
+
+
+def identity(batch: int, window: int, k_shape: tuple[int, int], v_shape: tuple[int, int], like: Tensor) -> WindowState:
+    """The State that has read nothing, with ``like``'s device and dtype; ``k_shape`` is (H, D), ``v_shape`` (H, V)."""
+    k = like.new_zeros(batch, window - 1, *k_shape)
+    v = like.new_zeros(batch, window - 1, *v_shape)
+    return WindowState(k, v, torch.zeros(batch, dtype=torch.int32, device=like.device))
+
+
+def combine(earlier: WindowState, later: WindowState) -> WindowState:
+    """The State of both texts: ``earlier`` shifted out by what ``later`` has read."""
+    k = append_tail(earlier.k, later.k, later.count)
+    v = append_tail(earlier.v, later.v, later.count)
+    return WindowState(k, v, append_count(earlier.count, later.count, later.k.shape[later.count.ndim]))
+
+
+def summarize(k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None = None) -> WindowState:
+    """The State of k [B, T, H, D], v [B, T, H, V] read from nothing."""
+    rows = window - 1
+    return WindowState(last_rows(k, rows, cu_seqlens), last_rows(v, rows, cu_seqlens), last_count(k, rows, cu_seqlens))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    scale: float,
+    initial_state: WindowState | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, WindowState | None]:
+    """`window_attention` on checked arguments."""
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    before = initial_state
+    if before is None:
+        before = identity(rows, window, (k.shape[2], k.shape[3]), (v.shape[2], v.shape[3]), k)
+    before = before._replace(k=before.k.to(k.dtype), v=before.v.to(v.dtype))
+    size = max(MIN_CHUNK, -(-(window - 1) // QUERIES) * QUERIES)
+    plan = plan_chunks(q.shape[0], q.shape[1], size, cu_seqlens, q.device)
+    y = join(torch.cat(_blocks(plan, q, k, v, before, scale)), plan)
+    if not return_state:
+        return y, None
+    read = summarize(k, v, window, cu_seqlens)
+    return y, read if initial_state is None else combine(before, read)
+
+
+def _blocks(plan: Plan, q: Tensor, k: Tensor, v: Tensor, before: WindowState, scale: float) -> list[Tensor]:
+    """The outputs [chunks, R, Hq, C, V] of each block of chunks; scores exist for one piece of one block at a time."""
+    past = before.k.shape[1]
+    scores = q.shape[0] * q.shape[2] * QUERIES * (QUERIES + past)
+    block = max(1, BLOCK_SCORES["cpu" if q.device.type == "cpu" else "other"] // max(1, scores))
+    starts = torch.arange(plan.lengths.shape[0], device=q.device)[:, None] == 0
+    starts = (starts if plan.fresh is None else plan.fresh).split(block)
+    documents = [None] * len(starts) if plan.document is None else plan.document.split(block)
+    # Keys of a State have the layout of a chunk: [N, H, W-1, D].
+    states = before.k.transpose(1, 2), before.v.transpose(1, 2)
+    carries = [state[:1] if plan.fresh is not None else state for state in states]
+    ys = []
+    q_blocks, *kv_blocks = (cut(x, plan).split(block) for x in (q, k, v))
+    for n, (queries, fresh, document) in enumerate(zip(q_blocks, starts, documents, strict=True)):
+        seen = []
+        for i, (blocks, state) in enumerate(zip(kv_blocks, states, strict=True)):
+            chunk = blocks[n]
+            tails = chunk[..., plan.size - past :, :]
+            ahead = torch.cat([carries[i][None], tails[:-1]])
+            if document is not None:
+                ahead = torch.where(fresh[..., None, None, None], state[document][:, None], ahead)
+            seen.append(torch.cat([ahead, chunk], -2).to(sum_dtype(q.dtype)))
+            carries[i] = tails[-1]
+        count = before.count if document is None else before.count.long()[document][:, None]
+        missing = torch.where(fresh, past - count, 0)
+        ys.append(_attend(queries, seen[0], seen[1], missing, scale).to(v.dtype))
+    return ys
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, missing: Tensor, scale: float) -> Tensor:
+    """q [m, R, Hq, C, D] on k, v [m, R, H, W-1 + C, D or V], whose first ``missing`` [m, R] rows are not real."""
+    past = k.shape[-2] - q.shape[-2]
+    group = q.shape[2] // k.shape[2]
+    row = torch.arange(QUERIES, device=q.device)[:, None]
+    column = torch.arange(QUERIES + past, device=q.device)
+    near = (column >= row) & (column <= row + past)
+    ys = []
+    for i, piece in enumerate(q.split(QUERIES, -2)):
+        ends = i * QUERIES, (i + 1) * QUERIES + past
+        real = column + ends[0] >= missing[..., None]
+        hidden = ~(near & real[:, :, None])[:, :, None, None]
+        # A group's queries stand below one another, so that its keys and values are read once.
+        piece = piece.unflatten(2, (k.shape[2], group)).flatten(3, 4).to(k.dtype) * scale
+        s = piece @ k[..., ends[0] : ends[1], :].transpose(-1, -2)
+        w = s.unflatten(3, (group, QUERIES)).masked_fill(hidden, float("-inf")).softmax(-1)
+        y = w.flatten(3, 4) @ v[..., ends[0] : ends[1], :]
+        ys.append(y.unflatten(3, (group, QUERIES)).flatten(2, 3))
+    return torch.cat(ys, -2)
+
+
+def new_pool(state: WindowState, slots: int, capacity: int | None = None) -> WindowPool:
+    """A pool of ``slots`` empty rings for States like ``state``, and one more, which idle rows of a batch write to."""
+
+    def ring(rows: Tensor) -> Tensor:
+        return rows.new_zeros(slots + 1, rows.shape[1] + 1, *rows.shape[2:])
+
+    return WindowPool(ring(state.k), ring(state.v), torch.zeros(slots + 1, dtype=torch.int64, device=state.k.device))
+
+
+def step_(q: Tensor, k: Tensor, v: Tensor, pool: WindowPool, slots: Tensor, *, scale: float) -> Tensor:
+    """One token a row: q [B, Hq, D], k [B, H, D], v [B, H, V], slots int32 [B] -> y [B, Hq, V]; pool in place."""
+    slots = torch.where(slots < 0, pool.tokens.shape[0] - 1, slots).long()
+    dtype, window = sum_dtype(q.dtype), pool.k.shape[1]
+    read = pool.tokens[slots]
+    pool.k[slots, read % window] = k.to(pool.k.dtype)
+    pool.v[slots, read % window] = v.to(pool.v.dtype)
+    pool.tokens[slots] = read + 1
+    keys, values = (x[slots].transpose(1, 2).to(dtype) for x in (pool.k, pool.v))
+    s = (q.to(dtype) * scale).unflatten(1, (k.shape[1], -1)) @ keys.transpose(-1, -2)
+    empty = torch.arange(window, device=q.device) > read[:, None]
+    w = s.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
+    return (w @ values).flatten(1, 2).to(v.dtype)
+
+
+def take(pool: WindowPool, slots: Tensor) -> WindowState:
+    """The States in ``slots`` int [B] of a pool, copied."""
+    slots = slots.long()
+    read = pool.tokens[slots]
+    count = read.clamp(max=pool.k.shape[1] - 1).to(torch.int32)
+    return WindowState(tail_of_ring(pool.k[slots], read), tail_of_ring(pool.v[slots], read), count)
+
+
+def put_(pool: WindowPool, slots: Tensor, state: WindowState) -> None:
+    """Write the States ``state`` [B, ...] into ``slots`` int [B] of a pool."""
+    slots = slots.long()
+    pool.k[slots] = ring_of_tail(state.k, state.count).to(pool.k.dtype)
+    pool.v[slots] = ring_of_tail(state.v, state.count).to(pool.v.dtype)
+    pool.tokens[slots] = state.count.long()
