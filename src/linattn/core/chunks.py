@@ -145,6 +145,8 @@ def run_chunks(
     ys, kept = [], []
     for i, parts in enumerate(zip(*blocks, strict=True)):
         *tokens, mask, length = parts
+        # Matrix products copy permuted views anyway: once here, instead of in each and again for the backward pass.
+        tokens = [x.contiguous() for x in tokens]
         added = summarize(*tokens, mask, length)
         if fresh is None or documents is None:
             start, after = None, _with_carry(combine, carry, added, None)
