@@ -19,7 +19,6 @@ from torch import Tensor
 from linattn.core.mixer import Combine, map_state, scan, select
 from linattn.core.shapes import document_of_token
 
-BLOCK_TOKENS = 2048
 BLOCK_ROWS = 2048
 """Rows (tokens x heads x batch) that one block of chunks holds, about: what is built of them fits a CPU's cache."""
 

