@@ -142,8 +142,8 @@ def combine_is_a_monoid(subject: Subject, length: int = 140) -> list[str]:
         ("(a + b) + c", left, right),
         ("a + b + c", left, want),
     ):
-        pair = (Result(*_split(_leaves("state", s))) for s in (got, wanted))
-        wrong += [f"{name}: {w}" for w in _compare(subject, *pair)]
+        a_state, b_state = (Result(*_split(_leaves("state", s))) for s in (got, wanted))
+        wrong += [f"{name}: {w}" for w in _compare(subject, a_state, b_state)]
     return wrong
 
 
@@ -309,9 +309,10 @@ def poisoned_memory() -> Iterator[None]:
 
         return empty
 
-    names = ("empty", "empty_like", "empty_strided")
     with (
-        mock.patch.multiple(torch, **{n: poison(getattr(torch, n)) for n in names}),
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(torch, "empty_strided", poison(torch.empty_strided)),
         mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
     ):
         yield

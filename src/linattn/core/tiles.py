@@ -22,9 +22,7 @@ OLDEST_CAPABILITY = (8, 0)
 """The first with bf16 matrix products and asynchronous copies."""
 
 
-@functools.cache
-def triton_version() -> tuple[int, int] | None:
-    """(major, minor) of the installed triton, without importing it; None where there is none."""
+def _triton_version() -> tuple[int, int] | None:
     try:
         major, minor = importlib.metadata.version("triton").split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
@@ -32,16 +30,20 @@ def triton_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+TRITON_VERSION = _triton_version()
+"""(major, minor) of the installed triton, read without importing it; None where there is none."""
+
+
 def machine_refusals(call: Call) -> list[str]:
     """Why no Triton kernel of ours can run where this call is."""
     if call.device != "cuda" or torch.version.hip is not None:
         return [f"needs an NVIDIA GPU, the inputs are on {call.device}"]
     wrong = []
-    version = triton_version()
-    if version is None:
+    if TRITON_VERSION is None:
         wrong.append("needs triton, which is not installed: pip install triton")
-    elif version < OLDEST_TRITON:
-        wrong.append(f"needs triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer, found {version[0]}.{version[1]}")
+    elif TRITON_VERSION < OLDEST_TRITON:
+        found, oldest = (".".join(map(str, x)) for x in (TRITON_VERSION, OLDEST_TRITON))
+        wrong.append(f"needs triton {oldest} or newer, found {found}")
     if call.capability is not None and call.capability < OLDEST_CAPABILITY:
         wrong.append(f"needs compute capability 8.0, this GPU has {call.capability[0]}.{call.capability[1]}")
     return wrong

@@ -130,7 +130,7 @@ class Decoder(nn.Module):
             scale=math.sqrt(config.d_model) if config.scale_embedding else None,
             reserved_ids=config.reserved_ids,
         )
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(len(config.mixers)))
+        self.blocks: Any = nn.ModuleList(Block(config, i) for i in range(len(config.mixers)))
         self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
         self.head = Head(config.vocab_size, config.d_model, config.vocab_multiple, tied=config.tie_embeddings)
         self.checkpoint_blocks = False
@@ -150,8 +150,9 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=deep if name.endswith(("out_proj", "fc2")) else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, Embedding) or (isinstance(module, Head) and module.weight is not None):
-                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, Embedding | Head):
+                if module.weight is not None:
+                    nn.init.normal_(module.weight, std=std)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # pyright: ignore[reportCallIssue]
 
@@ -165,7 +166,13 @@ class Decoder(nn.Module):
         hidden = hidden.to(self.head_weight.dtype)
         return self.head(hidden, self.embedding.weight if self.head.weight is None else None)
 
-    def loss(self, hidden: Tensor, targets: Tensor, chunk: int | None = None, reduction: str = "mean") -> Tensor:
+    def loss(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        chunk: int | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+    ) -> Tensor:
         """Cross-entropy of hidden [..., d_model] against targets [...] (-100 ignored), ``chunk`` rows at a time."""
         return cross_entropy(
             hidden.flatten(0, -2).to(self.head_weight.dtype),

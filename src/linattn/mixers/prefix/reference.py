@@ -26,12 +26,12 @@ def prefix_reference(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """q, k [B, T, H, F], v [B, T, H, V], k_prefix [B, M, H, F], v_prefix [B, M, H, V] -> (y, (S, z))."""
     T, M = q.shape[1], k_prefix.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    by = q.shape[-1] ** -0.5 if scale is None else scale
     lengths = torch.full((q.shape[0],), M, device=q.device) if prefix_lengths is None else prefix_lengths
     real = (torch.arange(M, device=q.device) < lengths[:, None]).to(q.dtype)
     causal = torch.ones(T, T, dtype=q.dtype, device=q.device).tril()
-    own = scale * torch.einsum("bihf,bjhf->bhij", q, k)
-    given = scale * torch.einsum("bihf,bjhf->bhij", q, k_prefix)
+    own = by * torch.einsum("bihf,bjhf->bhij", q, k)
+    given = by * torch.einsum("bihf,bjhf->bhij", q, k_prefix)
     w_own = (1 + own + own.square() / 2) * causal
     w_given = (1 + given + given.square() / 2) * real[:, None, None]
     y = torch.einsum("bhij,bjhv->bihv", w_own, v) + torch.einsum("bhij,bjhv->bihv", w_given, v_prefix)

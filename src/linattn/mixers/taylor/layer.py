@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class TaylorLayer(nn.Module):
         self.proj_v = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def heads(self, x: Tensor) -> dict[str, Tensor]:
+    def heads(self, x: Tensor) -> dict[str, Any]:
         """q, k [..., H, F] and v [..., H, V] of x [..., d_model]."""
         n = self.config.n_heads
         q, k, v = (proj(x).unflatten(-1, (n, -1)) for proj in (self.proj_q, self.proj_k, self.proj_v))
