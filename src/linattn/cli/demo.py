@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import linattn
-from linattn.bench.plot import plot_memory
+from linattn.bench.plot import MemoryRow, plot_memory
 from linattn.cli.common import load
 from linattn.cli.info import size
 from linattn.cli.read import read_with_progress
@@ -81,7 +81,8 @@ def run(argv: list[str]) -> int:
     state, cache = model_state_bytes(reading.state), costs.kv_cache_bytes * reading.tokens
     speeds = (reading.start_speed, reading.end_speed)
     chart = args.out / "memory.png"
-    plot_memory(curve, state_bytes=state, kv_bytes_per_token=costs.kv_cache_bytes, speeds=speeds, path=chart)
+    rows = [MemoryRow(tokens, state, costs.kv_cache_bytes * tokens, speed) for tokens, speed in curve]
+    plot_memory(rows, chart, title="Bytes a 1M-parameter Based keeps while it reads Moby Dick")
     assert reading.nll is not None
     console.print(
         f"{reading.tokens:,} tokens, {speeds[0]:,.0f} a second at the start, {speeds[1]:,.0f} at the end; "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> int:
 
 
 def read_with_progress(
-    model: Decoder, ids: Sequence[int], chunk: int, state: ModelState | None = None
+    model: Decoder, ids: Sequence[int] | np.ndarray, chunk: int, state: ModelState | None = None
 ) -> tuple[Reading, list[tuple[int, float]]]:
     """`generate.read` behind a progress bar; also (tokens read, tokens a second) after each chunk."""
     curve: list[tuple[int, float]] = []
