@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from linattn.core.chunks import plan_chunks, run_chunks, sum_chunks
-from linattn.core.mixer import map_state
 from linattn.core.numerics import sum_dtype
+from linattn.core.pool import pool_rows
 from linattn.core.shapes import document_count, match_heads
 
 CHUNK = 128
@@ -120,34 +120,19 @@ def forward(
     return run_chunks(plan, (q, k, v), summarize_chunks, combine, outputs, initial_state, return_state)
 
 
-def new_pool(state: LightningState, slots: int, capacity: int | None = None) -> LightningState:
-    """A pool of ``slots`` empty States like ``state``, and one row more, which idle rows of a batch write to."""
-    return map_state(lambda leaf: leaf.new_zeros(slots + 1, *leaf.shape[1:]), state)
-
 
 def step_(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pool: LightningState, slots: Tensor, *, scale: float
 ) -> Tensor:
     """One token a row: q [B, Hq, D], k [B, Hk, D], v [B, Hv, V], slots int32 [B] -> o [B, H, V]; pool in place."""
-    slots = torch.where(slots < 0, pool.S.shape[0] - 1, slots).long()
+    rows = pool_rows(pool.S, slots)
     dtype, out_dtype = pool.S.dtype, v.dtype
     n_state = pool.S.shape[1]
     log_decay = log_decay.to(dtype)
     q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     q = (match_heads(q, max(q.shape[2], n_state))[:, 0].to(dtype) * scale).unflatten(1, (n_state, -1))
     k, v = (match_heads(x, n_state)[:, 0].to(dtype) for x in (k, v))
-    S = decayed(pool.S[slots], log_decay, k[..., None] * v[..., None, :])
-    pool.S[slots] = S
-    pool.log_decay[slots] = pool.log_decay[slots] + log_decay
+    S = decayed(pool.S.index_select(0, rows), log_decay, k[..., None] * v[..., None, :])
+    pool.S.index_copy_(0, rows, S)
+    pool.log_decay.index_copy_(0, rows, pool.log_decay.index_select(0, rows) + log_decay)
     return (q @ S).flatten(1, 2).to(out_dtype)
-
-
-def take(pool: LightningState, slots: Tensor) -> LightningState:
-    """The States in ``slots`` int [B] of a pool, copied."""
-    return map_state(lambda leaf: leaf[slots.long()], pool)
-
-
-def put_(pool: LightningState, slots: Tensor, state: LightningState) -> None:
-    """Write the States ``state`` [B, ...] into ``slots`` int [B] of a pool."""
-    for leaf, rows in zip(pool, state, strict=True):
-        leaf[slots.long()] = rows.to(leaf.dtype)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
+from linattn.core.pool import new_pool, put_, take
 from linattn.core.shapes import check_cu_seqlens, check_state, document_count
 from linattn.mixers.shortconv import chunked
-from linattn.mixers.shortconv.chunked import ShortConvState, combine, new_pool, put_, summarize, take
+from linattn.mixers.shortconv.chunked import ShortConvState, combine, summarize
 from linattn.mixers.shortconv.reference import short_conv_reference
 
 __all__ = [

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linattn.core.mixer import map_state
 from linattn.core.numerics import sum_dtype
+from linattn.core.pool import pool_rows
 from linattn.core.tails import append_count, append_tail, last_count, last_rows
 
 BLOCK_NUMBERS = 2**18
@@ -123,11 +123,6 @@ def _lay_out(before: Tensor, x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Ten
     return laid_out, token + torch.searchsorted(offsets[1:], token, right=True) * past
 
 
-def new_pool(state: ShortConvState, slots: int, capacity: int | None = None) -> ShortConvState:
-    """A pool of ``slots`` empty States like ``state``, and one row more, which idle rows of a batch write to."""
-    return map_state(lambda leaf: leaf.new_zeros(slots + 1, *leaf.shape[1:]), state)
-
-
 def step_(
     x: Tensor,
     weight: Tensor,
@@ -139,21 +134,10 @@ def step_(
     activation: str | None,
 ) -> Tensor:
     """One token a row: x [B, D], gate [B, D], slots int32 [B] -> y [B, D]; pool in place."""
-    slots = torch.where(slots < 0, pool.count.shape[0] - 1, slots).long()
+    rows = pool_rows(pool.count, slots)
     dtype = sum_dtype(x.dtype)
-    seen = torch.cat([pool.x[slots], x[:, None].to(pool.x.dtype)], 1)
-    pool.x[slots] = seen[:, 1:]
-    pool.count[slots] = (pool.count[slots] + 1).clamp(max=pool.x.shape[1])
+    seen = torch.cat([pool.x.index_select(0, rows), x[:, None].to(pool.x.dtype)], 1)
+    pool.x.index_copy_(0, rows, seen[:, 1:])
+    pool.count.index_copy_(0, rows, (pool.count.index_select(0, rows) + 1).clamp(max=pool.x.shape[1]))
     y = (seen.to(dtype) * weight.to(dtype).t()).sum(1)
     return _finish(y if bias is None else y + bias.to(dtype), activation, gate, x.dtype)
-
-
-def take(pool: ShortConvState, slots: Tensor) -> ShortConvState:
-    """The States in ``slots`` int [B] of a pool, copied."""
-    return map_state(lambda leaf: leaf[slots.long()], pool)
-
-
-def put_(pool: ShortConvState, slots: Tensor, state: ShortConvState) -> None:
-    """Write the States ``state`` [B, ...] into ``slots`` int [B] of a pool."""
-    for leaf, rows in zip(pool, state, strict=True):
-        leaf[slots.long()] = rows.to(leaf.dtype)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
+from linattn.core.pool import new_pool, put_, take
 from linattn.core.shapes import check_attention, check_cu_seqlens, check_state, document_count
 from linattn.mixers.taylor import chunked
-from linattn.mixers.taylor.chunked import TaylorState, combine, features, n_features, new_pool, put_, summarize, take
+from linattn.mixers.taylor.chunked import TaylorState, combine, features, n_features, summarize
 from linattn.mixers.taylor.reference import taylor_reference
 
 __all__ = [

@@ -15,6 +15,7 @@ from torch import Tensor
 from linattn.core.chunks import plan_chunks, run_chunks, sum_chunks
 from linattn.core.mixer import map_state
 from linattn.core.numerics import sum_dtype
+from linattn.core.pool import pool_rows
 from linattn.core.shapes import match_heads
 
 CHUNK = 128
@@ -130,37 +131,22 @@ def forward(
     return run_chunks(plan, (q, k, v), summarize_chunks, combine, outputs, initial_state, return_state)
 
 
-def new_pool(state: TaylorState, slots: int, capacity: int | None = None) -> TaylorState:
-    """A pool of ``slots`` empty States like ``state``, and one row more, which idle rows of a batch write to."""
-    return map_state(lambda leaf: leaf.new_zeros(slots + 1, *leaf.shape[1:]), state)
-
-
 def step_(
     q: Tensor, k: Tensor, v: Tensor, pool: TaylorState, slots: Tensor, *, scale: float, normalize: bool
 ) -> Tensor:
     """One token a row: q [B, Hq, F], k [B, Hk, F], v [B, Hv, V], slots int32 [B] -> y [B, H, V]; pool in place."""
-    slots = torch.where(slots < 0, pool.S.shape[0] - 1, slots).long()
+    rows = pool_rows(pool.S, slots)
     dtype, out_dtype = pool.S.dtype, v.dtype
     n_state = pool.S.shape[1]
     q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     fq = features(match_heads(q, max(q.shape[2], n_state))[:, 0].to(dtype) * scale).unflatten(1, (n_state, -1))
     fk = features(match_heads(k, n_state)[:, 0].to(dtype))
     v = match_heads(v, n_state)[:, 0].to(dtype)
-    S = pool.S[slots].addcmul_(fk[..., None], v[..., None, :])
-    z = pool.z[slots].add_(fk)
-    pool.S[slots], pool.z[slots] = S, z
+    S = pool.S.index_select(0, rows).addcmul_(fk[..., None], v[..., None, :])
+    z = pool.z.index_select(0, rows).add_(fk)
+    pool.S.index_copy_(0, rows, S)
+    pool.z.index_copy_(0, rows, z)
     y = fq @ S
     if normalize:
         y = y / (fq @ z[..., None])
     return y.flatten(1, 2).to(out_dtype)
-
-
-def take(pool: TaylorState, slots: Tensor) -> TaylorState:
-    """The States in ``slots`` int [B] of a pool, copied."""
-    return map_state(lambda leaf: leaf[slots.long()], pool)
-
-
-def put_(pool: TaylorState, slots: Tensor, state: TaylorState) -> None:
-    """Write the States ``state`` [B, ...] into ``slots`` int [B] of a pool."""
-    for leaf, rows in zip(pool, state, strict=True):
-        leaf[slots.long()] = rows.to(leaf.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linattn.core.chunks import Plan, cut, join, plan_chunks
 from linattn.core.numerics import sum_dtype
+from linattn.core.pool import pool_rows
 from linattn.core.tails import append_count, append_tail, last_count, last_rows, ring_of_tail, tail_of_ring
 
 QUERIES = 64
@@ -154,13 +155,13 @@ def new_pool(state: WindowState, slots: int, capacity: int | None = None) -> Win
 
 def step_(q: Tensor, k: Tensor, v: Tensor, pool: WindowPool, slots: Tensor, *, scale: float) -> Tensor:
     """One token a row: q [B, Hq, D], k [B, H, D], v [B, H, V], slots int32 [B] -> y [B, Hq, V]; pool in place."""
-    slots = torch.where(slots < 0, pool.tokens.shape[0] - 1, slots).long()
+    rows = pool_rows(pool.tokens, slots)
     dtype, window = sum_dtype(q.dtype), pool.k.shape[1]
-    read = pool.tokens[slots]
-    pool.k[slots, read % window] = k.to(pool.k.dtype)
-    pool.v[slots, read % window] = v.to(pool.v.dtype)
-    pool.tokens[slots] = read + 1
-    keys, values = (x[slots].transpose(1, 2).to(dtype) for x in (pool.k, pool.v))
+    read = pool.tokens.index_select(0, rows)
+    pool.k[rows, read % window] = k.to(pool.k.dtype)
+    pool.v[rows, read % window] = v.to(pool.v.dtype)
+    pool.tokens.index_copy_(0, rows, read + 1)
+    keys, values = (x.index_select(0, rows).transpose(1, 2).to(dtype) for x in (pool.k, pool.v))
     s = (q.to(dtype) * scale).unflatten(1, (k.shape[1], -1)) @ keys.transpose(-1, -2)
     empty = torch.arange(window, device=q.device) > read[:, None]
     w = s.masked_fill(empty[:, None, None], float("-inf")).softmax(-1)
