@@ -119,7 +119,7 @@ def test_info_and_doctor(trained, capsys):
         (["trian"], 2, "unknown verb 'trian'; did you mean 'train'?"),
         (["info", "based_36m"], 2, "did you mean 'based_360m'?"),
         (["train", "nowhere.py"], 2, "nowhere.py: no such file"),
-        (["train", "RECIPE", "--steps", "1"], 2, "warmup_steps=2 leaves none of steps=1"),
+        (["train", "RECIPE", "--clip=-1"], 2, "clip=-1"),
         (["eval", "RUN"], 2, "give one of --data FOLDER and --text FILE"),
         (["eval", "RUN", "--text", "EMPTY"], 2, "holds no text"),
         (["eval", "RUN", "--text", "LATIN"], 2, "not UTF-8 at byte 3"),

@@ -36,7 +36,14 @@ def run(argv: list[str]) -> int:
     source = _option(argv, "--config", "") or (argv.pop(0) if not argv[0].startswith("-") else "")
     if not source:
         raise ValueError("name a recipe (a Python file) or --config run.yaml; linattn train --help says more")
-    config = tyro.cli(TrainConfig, args=argv, default=load_config(Path(source)), prog=f"linattn train {source}")
+    # Which model, objective and schedule is the recipe's choice; their fields are plain options, not subcommands.
+    config = tyro.cli(
+        TrainConfig,
+        args=argv,
+        default=load_config(Path(source)),
+        prog=f"linattn train {source}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     if printed:
         print(yaml.safe_dump(_plain(config), sort_keys=False), end="")
         return 0
