@@ -43,7 +43,7 @@ def prefix_reference(
 
 
 def _features(x: Tensor) -> Tensor:
-    i, j = torch.triu_indices(x.shape[-1], x.shape[-1])
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     products = x[..., i] * x[..., j]
     products = torch.where(i == j, products / math.sqrt(2), products)
     return torch.cat([torch.ones_like(x[..., :1]), x, products], -1)

@@ -22,7 +22,7 @@ def features_273(x: Tensor) -> Tensor:
 
 def features_153(x: Tensor) -> Tensor:
     """phi with each product once: [..., F] -> [..., 1 + F + F(F+1)/2], products in the order of triu_indices."""
-    i, j = torch.triu_indices(x.shape[-1], x.shape[-1])
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     products = x[..., i] * x[..., j]
     products = torch.where(i == j, products / math.sqrt(2), products)
     return torch.cat([torch.ones_like(x[..., :1]), x, products], -1)

@@ -1,0 +1,612 @@
+"""The bench: its numbers are right, its gate bites, its records survive. Command: pytest tests/test_bench.py
+
+Times themselves are measured by `linattn bench` and recorded, never asserted here.
+"""
+
+import io
+import math
+import os
+import struct
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from rich.console import Console
+
+from linattn.bench import BenchConfig, cpu, run_bench
+from linattn.bench import plot as charts
+from linattn.bench import timing as clocks
+from linattn.bench.cases import (
+    MIXERS,
+    at_length,
+    batch_of,
+    case_name,
+    draw_inputs,
+    length_of,
+    parse_case,
+    real_cases,
+)
+from linattn.bench.costs import costs
+from linattn.bench.floor import Ceilings, copy_bytes_per_s, floor_ms
+from linattn.bench.gate import gate, parity_at_size, small
+from linattn.bench.memory import kept_bytes, peak_bytes
+from linattn.bench.ops import bench_op
+from linattn.bench.peers import PEERS, Peer, Ready, peers_of
+from linattn.bench.plot import MemoryRow, plot_lengths, plot_memory
+from linattn.bench.record import COLUMNS, Record, append_records, commit, machine, read_records, results_path
+from linattn.bench.timing import Timing, rotate, sets_beyond_cache, summary, time_call, time_calls
+from linattn.core.mixer import map_state
+
+H200 = Ceilings(4.30e12, {torch.float32: 50e12, torch.bfloat16: 673e12})
+"""What one H200 was measured at: copy bandwidth and an 8192^3 bf16 product."""
+
+TINY = {
+    "taylor": "b1-h2-t96-f4-v8",
+    "prefix": "b1-h2-t96-f4-v8-m48",
+    "lightning": "b1-h2-t96-d8",
+    "window": "b1-h2-t96-d8-w9",
+    "shortconv": "b1-t96-d8-w3-silu-gate",
+    "softmax": "b1-h2-t96-d8",
+}
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=160)
+
+
+def text_of(console):
+    return console.file.getvalue()
+
+
+def a_record(**changes):
+    values = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "floor_ms", "best_ms"), 1.25)
+    words = {
+        "date": "2026-01-02T03:04:05Z",
+        "commit": "0123456789ab",
+        "gpu": "a GPU, with a comma",
+        "driver": "1",
+        "torch": "2",
+        "triton": "3",
+        "op": "taylor",
+        "case": "b1-h2-t96-f4-v8",
+        "pass_": "fwd",
+        "impl": "linattn",
+        "gate": "ok",
+        "command": "linattn bench 'two words' \"quoted\"",
+        "dtype": "bfloat16",
+    }
+    return Record(**{**values, **words, "runs": 7, "peak_bytes": 12345, **changes})
+
+
+@pytest.mark.parametrize("op", MIXERS)
+def test_case_names_are_read_back(op):
+    published = [c for c in real_cases(op) if not any(w in c.name for w in ("decay", "-x"))]
+    assert published
+    for case in published:
+        read = parse_case(op, case.name)
+        assert read.name == case.name
+        assert (batch_of(read), length_of(read)) == (batch_of(case), length_of(case))
+        for pass_ in ("fwd", "fwdbwd", "step"):
+            assert costs(read, pass_, torch.bfloat16) == costs(case, pass_, torch.bfloat16)
+
+
+def test_case_of_a_step_has_no_length():
+    step = parse_case("lightning", "b128-h32-d128")
+    assert length_of(step) == 1
+    assert case_name(step, "step") == "b128-h32-d128"
+    assert case_name(parse_case("softmax", "b2-h2-t4096-d64"), "step") == "b2-h2-t4096-d64"
+    assert case_name(parse_case("shortconv", "b8-d2048-w3-silu-gate"), "step") == "b8-d2048-w3-silu-gate"
+
+
+@pytest.mark.parametrize(
+    "op, name, says",
+    [
+        (
+            "tailor",
+            "b1-h2-t96-f4-v8",
+            r"unknown op 'tailor'; choose from \['lightning', 'prefix', .*'taylor', 'window'\]",
+        ),
+        ("taylor", "b1-h2-t96-f4", r"lacks \['v'\]; spell it like b16-h16-t2048-f16-v64"),
+        ("taylor", "b1-h2-t96-f4-v8-d3", r"cannot read 'd3'"),
+        ("taylor", "b1-b2-h2-f4-v8", r"cannot read 'b2'"),
+        ("window", "b0-h2-t96-d8-w9", r"'b0' in the case .* at least 1"),
+        ("lightning", "four heads", r"cannot read 'four heads'"),
+        ("lightning", "", r"cannot read ''"),
+    ],
+)
+def test_case_that_cannot_be_read(op, name, says):
+    with pytest.raises(ValueError, match=says):
+        parse_case(op, name)
+
+
+@pytest.mark.parametrize("op", MIXERS)
+def test_case_inputs_have_full_size(op):
+    case = at_length(parse_case(op, TINY[op]), 50)
+    inputs = draw_inputs(op, replace(case, batch=3) if op != "prefix" else case, torch.bfloat16, "cpu")
+    first = inputs["x" if op == "shortconv" else "q"]
+    assert first.shape[:2] == (1 if op == "prefix" else 3, 50)
+    assert first.dtype == torch.bfloat16
+    y, _ = MIXERS[op].forward(inputs)
+    assert torch.isfinite(y).all()
+    assert 0.9 < float(first.float().std()) < 1.1
+
+
+def test_case_at_another_length_keeps_its_share_of_prefix():
+    assert at_length(parse_case("prefix", "b1-h2-t1024-f16-v64-m512"), 4096).name == "b1-h2-t4096-f16-v64-m2048"
+
+
+@pytest.mark.parametrize(
+    "op, case, pass_, milliseconds",
+    [
+        ("lightning", "b4-h32-t2048-d128", "fwd", 0.062),
+        ("lightning", "b4-h32-t8192-d128", "fwd", 0.250),
+        ("lightning", "b4-h32-t8192-d128", "fwdbwd", 0.687),
+        ("lightning", "b1-h16-t524288-d128", "fwdbwd", 5.494),
+        ("taylor", "b16-h16-t2048-f16-v64", "fwd", 0.039),
+        ("taylor", "b16-h16-t8192-f16-v64", "fwd", 0.156),
+        ("taylor", "b16-h16-t32768-f16-v64", "fwd", 0.625),
+        ("taylor", "b16-h16-t8192-f16-v112", "fwd", 0.267),
+        ("prefix", "b16-h16-t32768-f16-v64-m16384", "fwd", 0.780),
+        ("taylor", "b32-h16-t2048-f16-v64", "fwdbwd", 0.269),
+        ("lightning", "b1024-h32-d128", "step", 1.007),
+    ],
+)
+def test_floors_are_the_known_ones(op, case, pass_, milliseconds):
+    got = floor_ms(costs(parse_case(op, case), pass_, torch.bfloat16), H200, torch.bfloat16)
+    assert round(got, 3) == milliseconds
+
+
+def test_floor_counts_bytes_by_hand():
+    """A token and head, bf16: what is read and written once."""
+    one = parse_case("lightning", "b1-h1-t1-d128")
+    assert costs(one, "fwd", torch.bfloat16).bytes == 1024
+    assert costs(one, "fwdbwd", torch.bfloat16).bytes == 2816
+    assert costs(one, "fwd", torch.bfloat16).flops == 98_304
+    assert costs(one, "step", torch.bfloat16).bytes == 1024 + 2 * 4 * 128 * 128
+    one = parse_case("taylor", "b1-h1-t1-f16-v64")
+    assert costs(one, "fwd", torch.bfloat16).bytes == 320
+    assert costs(one, "fwdbwd", torch.bfloat16).bytes == 832
+    assert costs(one, "fwd", torch.bfloat16).flops == 4 * 153 * 65 + 2 * 64 * (16 + 65)
+    assert costs(parse_case("taylor", "b1-h1-t1-f16-v64-sum"), "fwd", torch.bfloat16).flops < 50_148
+    one = parse_case("shortconv", "b1-t1-d1-w3-silu-gate")
+    assert [costs(one, p, torch.float32).bytes for p in ("fwd", "fwdbwd", "step")] == [12, 32, 28]
+
+
+def test_floor_of_attention_grows_with_length_and_of_a_window_does_not():
+    def flops(op, name):
+        return costs(parse_case(op, name), "fwd", torch.float32).flops
+
+    assert flops("softmax", "b1-h1-t2000-d64") == 4 * flops("softmax", "b1-h1-t1000-d64")
+    assert flops("window", "b1-h1-t2000-d64-w9") == 2 * flops("window", "b1-h1-t1000-d64-w9")
+    assert flops("softmax", "b1-h1-t1000-d64") == 1000 * 1000 * 128
+
+
+def test_floor_takes_the_larger_of_bytes_and_flops():
+    slow = Ceilings(1e3, {torch.float32: 1e6})
+    assert (
+        floor_ms(costs(parse_case("lightning", "b1-h1-t1-d128"), "fwd", torch.bfloat16), slow, torch.bfloat16) == 1024
+    )
+    hot = Ceilings(1e15, {torch.float32: 98_304.0})
+    assert floor_ms(costs(parse_case("lightning", "b1-h1-t1-d128"), "fwd", torch.float32), hot, torch.float32) == 1000
+    assert H200.rate(torch.float16) == 673e12
+
+
+@pytest.mark.slow
+def test_floor_bandwidth_is_measured():
+    assert 1e9 < copy_bytes_per_s("cpu") < 1e13
+
+
+def test_timing_interleaves():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = time_calls(calls, repeats=3, warmup=1)
+    assert "".join(order) == "abc" * 4
+    assert [t.runs for t in times.values()] == [3, 3, 3]
+
+
+def test_timing_reads_the_clock():
+    ticks = [0.0, 10.0, 10.003, 20.0, 20.001, 30.0, 30.002]
+    with mock.patch.object(clocks.time, "perf_counter", side_effect=ticks):
+        got = time_call(lambda: None, repeats=3, warmup=0)
+    assert got.best_ms == pytest.approx(1.0)
+    assert got.p50_ms == pytest.approx(2.0)
+    assert (got.p20_ms, got.p80_ms) == (pytest.approx(1.4), pytest.approx(2.6))
+    assert got.over(2).p50_ms == pytest.approx(1.0)
+
+
+def test_timing_stops_at_its_budget_after_three_rounds():
+    assert time_call(lambda: None, repeats=50, budget_s=0.0).runs == 3
+    assert time_call(lambda: None, repeats=2, budget_s=0.0).runs == 2
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        time_call(lambda: None, repeats=0)
+
+
+def test_timing_summary_and_rotation():
+    assert summary([5.0]) == Timing(5.0, 5.0, 5.0, 5.0, 1)
+    turns = rotate([lambda i=i: i for i in range(3)])
+    assert sorted(turns() for _ in range(3)) == [0, 1, 2]
+    assert sets_beyond_cache(1, "cpu") == 1
+
+
+@pytest.mark.parametrize("op", MIXERS)
+def test_the_gate_passes_what_is_right(op):
+    assert gate(MIXERS[op], parse_case(op, TINY[op]), backend="torch", dtype=torch.float32, device="cpu") == "ok"
+
+
+def planted(change):
+    right = MIXERS["lightning"]
+    return replace(right, forward=lambda inputs, **kw: change(*right.forward(inputs, **kw)))
+
+
+BUGS = {
+    "outputs a twentieth too large": (planted(lambda y, s: (y * 1.05, s)), "parity"),
+    "a state that forgets": (
+        planted(lambda y, s: (y, s if s is None else map_state(torch.zeros_like, s))),
+        "a_split_is_the_whole",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_gate_refuses_a_planted_bug(name, tmp_path):
+    mixer, law = BUGS[name]
+    console = quiet()
+    options = {"cases": [TINY["lightning"]], "passes": ["fwd"], "impls": ["linattn"], "repeats": 1, "ceilings": H200}
+    (record,) = bench_op("lightning", mixer=mixer, record=True, out=tmp_path, console=console, **options)
+    assert law in record.gate.split()
+    assert math.isnan(record.p50_ms) and math.isnan(record.best_ms) and record.runs == 0
+    assert law in text_of(console)
+    (kept,) = read_records(results_path("lightning", "cpu", tmp_path))
+    assert kept.gate == record.gate and math.isnan(kept.p50_ms)
+
+
+def test_the_gate_judges_a_small_version():
+    case = small(parse_case("taylor", "b16-h16-t32768-f16-v64"))
+    assert (case.heads, case.batch, case.feature_dim, case.value_dim) == (2, 2, 16, 64)
+    assert small(parse_case("shortconv", "b16-t2048-d2048-w3")).channels == 64
+    grouped = real_cases("lightning")[0]
+    assert small(replace(grouped, k_heads=8, v_heads=8)).heads == 32
+
+
+@pytest.mark.parametrize("op", MIXERS)
+def test_the_gate_at_full_size(op):
+    """What it does on a GPU, here: outputs and gradients of the first and last row and head against float64."""
+    inputs = draw_inputs(op, parse_case(op, TINY[op]), torch.float32, "cpu")
+    assert parity_at_size(MIXERS[op], inputs, backend="torch") == "ok"
+
+
+def test_the_gate_at_full_size_sees_the_last_head():
+    right = MIXERS["lightning"]
+
+    def forward(inputs, **kw):
+        y, state = right.forward(inputs, **kw)
+        wrong = torch.ones(y.shape[2]) if y.dtype == torch.float64 else torch.tensor([1.0, 1.1])
+        return y * wrong[:, None].to(y), state
+
+    inputs = draw_inputs("lightning", parse_case("lightning", TINY["lightning"]), torch.float32, "cpu")
+    verdict = parity_at_size(replace(right, forward=forward), inputs, backend="torch")
+    assert verdict.split() == ["k-at-size", "q-at-size", "v-at-size", "y-at-size"]
+
+
+def test_record_round_trip(tmp_path):
+    path = tmp_path / "new" / "folders" / "taylor.csv"
+    first = [a_record(), a_record(p50_ms=math.nan, gate="parity packed_is_alone", peak_bytes=0)]
+    append_records(path, first)
+    append_records(path, [a_record(impl="peer 1.0")])
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith(
+        "date,commit,gpu,driver,torch,triton,op,case,pass,impl,p20_ms,p50_ms,p80_ms,floor_ms,gate,command"
+    )
+    assert len(lines) == 4
+    got = read_records(path)
+    assert got[0] == first[0]
+    assert math.isnan(got[1].p50_ms)
+    assert replace(got[1], p50_ms=0) == replace(first[1], p50_ms=0)
+    assert got[2].impl == "peer 1.0"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_record_append_is_all_or_nothing(tmp_path):
+    path = tmp_path / "taylor.csv"
+    append_records(path, [a_record()])
+    before = path.read_bytes()
+    full = mock.patch.object(os, "fsync", side_effect=OSError("No space left on device"))
+    with full, pytest.raises(OSError, match="No space left"):
+        append_records(path, [a_record()])
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["taylor.csv"]
+
+
+def test_record_of_an_older_file_has_defaults(tmp_path):
+    path = tmp_path / "old.csv"
+    append_records(path, [a_record()])
+    width = COLUMNS.index("command") + 1
+    path.write_text(",".join(COLUMNS[:width]) + "\n" + ",".join(["x"] * 10 + ["1.0"] * 4 + ["ok", "c"]) + "\n")
+    (got,) = read_records(path)
+    assert (got.p50_ms, got.runs, got.dtype) == (1.0, 0, "")
+    append_records(path, [a_record()])
+    assert len(read_records(path)) == 2
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "columns that no record has"),
+        ("a,b\n1,2\n", r"columns that no record has: \['a', 'b'\]"),
+        ("date,p50_ms\nx,fast\n", "line 2: p50_ms is 'fast', not a float"),
+        ("date,p50_ms\nx,1.0\n", "line 2: .*missing"),
+    ],
+)
+def test_record_file_that_is_something_else(tmp_path, text, says):
+    path = tmp_path / "other.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        append_records(path, [a_record()])
+    assert path.read_text() == text
+
+
+def test_record_commit_marks_a_dirty_tree(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    assert commit(tmp_path) == "unknown"
+    git("init")
+    (tmp_path / "code.py").write_text("1\n")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = commit(tmp_path)
+    assert len(clean) == 12 and int(clean, 16) >= 0
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "taylor.csv").write_text("results do not make a tree dirty\n")
+    assert commit(tmp_path) == clean
+    (tmp_path / "new.py").write_text("untracked\n")
+    assert commit(tmp_path) == f"{clean}-dirty"
+    (tmp_path / "new.py").unlink()
+    (tmp_path / "code.py").write_text("2\n")
+    assert commit(tmp_path) == f"{clean}-dirty"
+
+
+def test_record_names_the_machine():
+    with mock.patch("sys.argv", ["/somewhere/bin/linattn", "bench", "taylor", "--cases", "two words"]):
+        here = machine("cpu")
+    assert here.command == "linattn bench taylor --cases 'two words'"
+    assert here.gpu.startswith("cpu (") and "thread" in here.gpu
+    assert here.torch == torch.__version__
+    assert machine("cpu", "0123456789ab").commit == "0123456789ab"
+    assert results_path("taylor", "cpu", Path("r")) == Path("r/cpu/taylor.csv")
+
+
+@pytest.mark.parametrize("op", MIXERS)
+def test_an_op_is_measured(op, tmp_path):
+    console = quiet()
+    passes = ["fwd", "fwdbwd", "step"]
+    options = {"record": True, "out": tmp_path, "ceilings": H200, "console": console}
+    records = bench_op(op, cases=[TINY[op]], passes=passes, repeats=2, **options)
+    ours = [r for r in records if r.impl == "linattn"]
+    assert [r.pass_ for r in ours] == passes
+    for r in ours:
+        assert r.gate == "ok"
+        assert 0 < r.best_ms <= r.p50_ms <= r.p80_ms
+        assert r.floor_ms > 0 and r.runs == 2 and r.peak_bytes > 0
+    rivals = {r.impl.split()[0]: r.gate for r in records if r.impl != "linattn"}
+    quadratic = {} if op in ("softmax", "shortconv") else {"quadratic": "ok"}
+    attention = {} if op == "shortconv" else {"sdpa": "ok" if op == "softmax" else "another op"}
+    assert rivals == quadratic | attention
+    assert [r.impl for r in read_records(results_path(op, "cpu", tmp_path))] == [r.impl for r in records]
+    assert "x floor" in text_of(console)
+    if op != "shortconv":
+        assert "without sdpa-flash, sdpa-cudnn, sdpa-efficient" in text_of(console)
+
+
+def test_backward_of_a_peer_reaches_all_its_inputs():
+    inputs = draw_inputs("taylor", parse_case("taylor", TINY["taylor"]), torch.float32, "cpu")
+    for peer in peers_of("taylor"):
+        ready = peer.build("taylor", inputs, True)
+        if isinstance(ready, Ready):
+            grads = torch.autograd.grad(ready.run().sum(), ready.leaves)
+            assert len(grads) == 3 and all(torch.isfinite(g).all() for g in grads)
+
+
+def test_a_peer_that_is_not_here_says_why():
+    inputs = draw_inputs("lightning", parse_case("lightning", TINY["lightning"]), torch.float32, "cpu")
+    reasons = {p.name: p.build("lightning", inputs, False) for p in PEERS if p.name.startswith(("fla", "lightning"))}
+    assert set(reasons.values()) == {"runs on CUDA only"}
+    few = {n: x[:1, :1].expand(64, 100_000, -1, -1) if x.ndim == 4 else x for n, x in inputs.items()}
+    quadratic = next(p for p in PEERS if p.name == "quadratic")
+    assert "GiB, more than the 2 allowed" in quadratic.build("lightning", few, False)
+
+
+def test_a_peer_that_is_wrong_or_fails_is_told_apart():
+    def wrong(op, inputs, grad):
+        return Ready(lambda: inputs["v"] * 2, (inputs["v"],))
+
+    def failing(op, inputs, grad):
+        def run():
+            raise NotImplementedError
+
+        return Ready(run, (inputs["v"],))
+
+    peers = tuple(Peer(f.__name__, ("taylor",), True, f, lambda: "0.1") for f in (wrong, failing))
+    with mock.patch("linattn.bench.peers.PEERS", peers):
+        options = {"cases": [TINY["taylor"]], "passes": ["fwd"], "repeats": 1, "ceilings": H200, "console": quiet()}
+        records = bench_op("taylor", **options)
+    assert {r.impl: r.gate for r in records} == {
+        "linattn": "ok",
+        "wrong 0.1": "parity",
+        "failing 0.1": "error: NotImplementedError",
+    }
+    assert math.isnan(records[-1].p50_ms)
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown op 'tailor'; choose from \['lightning'"):
+        bench_op("tailor")
+    with pytest.raises(ValueError, match=r"unknown implementation 'flash'; choose from \['linattn', 'linattn:"):
+        bench_op("taylor", impls=["flash"])
+    with pytest.raises(ValueError, match=r"unknown pass 'bwd'; choose from"):
+        bench_op("taylor", passes=["bwd"])
+    with pytest.raises(ValueError, match=r"unknown mixer 'softmax'; choose from \['taylor'"):
+        run_bench(BenchConfig(op="cpu", cases=("softmax",)), quiet())
+    with pytest.raises(ValueError, match=r"unknown model 'gpt'; choose from \['based_1b'"):
+        run_bench(BenchConfig(op="decode", cases=("gpt",)), quiet())
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is cuda, but torch sees no GPU"):
+            run_bench(BenchConfig(device="cuda"), quiet())
+
+
+def test_memory_is_counted():
+    x = torch.randn(1000, requires_grad=True)
+
+    def call():
+        a = x.exp()
+        b = a + 1
+        del a
+        return (b * 2).sum()
+
+    # a stays, because exp's backward needs it: a, b, b * 2 and the sum. Without gradients a is freed.
+    assert peak_bytes(call, "cpu") == 12_004
+    with torch.no_grad():
+        assert peak_bytes(call, "cpu") == 8004
+    assert peak_bytes(lambda: x.view(10, 100), "cpu") == 0
+    assert kept_bytes(call, [x]) == 4000
+    assert kept_bytes(lambda: x * x, [x]) == 0
+
+
+@pytest.mark.parametrize("op", cpu.CPU_CASES)
+def test_memory_is_linear(op):
+    grown = cpu.memory_per_token(op, lengths=(1024, 2048, 4096), console=quiet())
+    assert set(grown) == {"forward", "forward+backward", "kept"}
+    for name, (constant, a_token) in grown.items():
+        assert a_token > 0 and constant / 4096 < 2.5 * a_token, name
+
+
+def test_cost_per_token_is_measured(tmp_path):
+    console = quiet()
+    lengths = (256, 512)
+    records = cpu.cost_per_token(
+        "shortconv", lengths=lengths, runs=2, record=True, out=tmp_path, ceilings=H200, console=console
+    )
+    assert [(r.pass_, charts.length_in(r.case)) for r in records] == [
+        (p, n) for p in ("fwd", "fwdbwd") for n in lengths
+    ]
+    assert read_records(tmp_path / "cpu" / "shortconv.csv")[0].best_ms == pytest.approx(records[0].best_ms, rel=1e-5)
+    assert text_of(console).count("dearest / cheapest token") == 2
+
+
+def test_flatness_and_growth():
+    assert cpu.flatness([1.0, 2.0, 4.0], [10, 20, 40]) == 1
+    assert cpu.flatness([1.0, 3.0], [10, 20]) == pytest.approx(1.5)
+    assert math.isnan(cpu.flatness([math.nan, 3.0], [10, 20]))
+    assert cpu.growth([120.0, 220.0], [10, 20]) == (20, 10)
+
+
+def test_rivals_are_measured_where_they_must_lose():
+    options = {"lengths": {"quadratic": (64,), "sdpa": (128,)}, "passes": ["fwd"], "runs": 1, "ceilings": H200}
+    records = cpu.against_rivals("window", console=quiet(), **options)
+    assert [(charts.length_in(r.case), r.impl.split()[0]) for r in records] == [
+        (64, "linattn:torch"),
+        (64, "quadratic"),
+        (128, "linattn:torch"),
+        (128, "sdpa"),
+    ]
+
+
+def test_decode_counts_what_a_step_reads():
+    from linattn.models import JRTConfig, TransformerConfig, build_model
+
+    tiny = {"d_model": 32, "d_hidden": 32, "vocab_size": 97}
+    model = build_model(TransformerConfig(n_layers=2, n_heads=2, **tiny))
+    assert cpu.step_weight_bytes(model) == sum(p.numel() * 4 for p in model.parameters())
+    options = {"linear_layers": (0,), "window_layers": (1,), "n_layers": 2, "n_heads": 2}
+    model = build_model(JRTConfig(**options, **tiny)).bfloat16()
+    encoder = sum(p.numel() for n, p in model.named_parameters() if "_enc" in n)
+    assert encoder > 0
+    assert cpu.step_weight_bytes(model) == 2 * (sum(p.numel() for p in model.parameters()) - encoder)
+
+
+def test_decode_is_measured(tmp_path):
+    from linattn.models import BasedConfig
+
+    options = {"linear_layers": (0,), "window_layers": (1,), "n_layers": 3, "n_heads": 2, "window": 5}
+    small_model = BasedConfig(d_model=32, d_hidden=32, vocab_size=97, **options)
+    console = quiet()
+    with (
+        mock.patch.dict(cpu.PUBLISHED, {"tiny": lambda: small_model}),
+        mock.patch.object(cpu, "COPY_NUMBERS", 2**16),
+    ):
+        records = cpu.decode(["tiny"], steps=3, record=True, out=tmp_path, console=console)
+    assert [(r.op, r.case, r.dtype, r.pass_) for r in records] == [
+        ("decode", "tiny", "bfloat16", "step"),
+        ("decode", "tiny", "float32", "step"),
+    ]
+    assert records[1].floor_ms > 0 and records[1].p50_ms > 0
+    assert len(read_records(tmp_path / "cpu" / "decode.csv")) == 2
+    assert "tiny bfloat16" in text_of(console)
+
+
+def test_run_bench_tells_a_failed_gate(tmp_path):
+    config = BenchConfig(op="lightning", cases=(TINY["lightning"],), passes=("fwd",), impls=("linattn",), device="cpu")
+    with mock.patch("linattn.bench.ops.measure_ceilings", return_value=H200):
+        assert run_bench(replace(config, record=True, out=tmp_path, repeats=1), quiet()) == 0
+        assert (tmp_path / "cpu" / "lightning.csv").exists()
+        console = quiet()
+        with mock.patch.dict(MIXERS, {"lightning": BUGS["outputs a twentieth too large"][0]}):
+            assert run_bench(config, console) == 1
+    assert "gate failed, no time taken: lightning: parity" in text_of(console)
+
+
+def png_size(path):
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def some_rows():
+    return [MemoryRow(n, 6.1e6, 98304.0 * n, 2000.0 - n / 1000) for n in range(1000, 200_000, 9000)]
+
+
+def test_plot_memory(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "charts" / "memory.png"
+    plot_memory(some_rows(), path)
+    assert png_size(path) == (1512, 792)
+    assert path.stat().st_size > 20_000
+    svg = path.with_suffix(".svg")
+    plot_memory(some_rows(), svg, title="A novel, read as one stream")
+    text = svg.read_text()
+    for words in ("A novel, read as one stream", "6.1 MB", "tokens/s", "tokens read"):
+        assert words in text
+    with pytest.raises(ValueError, match="at least two moments, got 1"):
+        plot_memory(some_rows()[:1], path)
+
+
+def test_plot_lengths(tmp_path):
+    pytest.importorskip("matplotlib")
+    lengths = (1024, 2048, 4096)
+    records = [a_record(case=f"b2-h2-t{n}-f4-v8", p50_ms=n / 100) for n in lengths]
+    records += [a_record(case=f"b2-h2-t{n}-f4-v8", p50_ms=n * n / 1e5, impl="quadratic") for n in lengths]
+    records += [a_record(case="b2-h2-t4096-f4-v8", p50_ms=math.nan, impl="broken")]
+    path = tmp_path / "taylor.png"
+    plot_lengths(records, path)
+    assert png_size(path) == (2070, 828)
+    assert path.stat().st_size > 20_000
+    plot_lengths(records, tmp_path / "taylor.svg")
+    text = (tmp_path / "taylor.svg").read_text()
+    assert "quadratic" in text and "broken" not in text and "4K" in text
+    with pytest.raises(ValueError, match="no timed record of pass 'step' among 7"):
+        plot_lengths(records, path, pass_="step")
+
+
+def test_plot_takes_the_latest_of_each_length():
+    records = [a_record(case="b1-t64-d8", p50_ms=9.0), a_record(case="b1-t64-d8", p50_ms=3.0)]
+    assert charts.latest_by_length(records, "fwd")["linattn"][64].p50_ms == 3.0
+
+
+def test_plot_without_matplotlib_says_how_to_get_it(tmp_path):
+    absent = mock.patch.dict("sys.modules", {"matplotlib": None, "matplotlib.figure": None})
+    with absent, pytest.raises(ModuleNotFoundError, match=r"pip install 'linattn\[plot\]'"):
+        plot_memory(some_rows(), tmp_path / "x.png")
