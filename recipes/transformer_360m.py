@@ -1,0 +1,31 @@
+"""The attention baseline of Based and JRT-RNN, 360M, in Based's 10.5B-token run (arXiv 2402.18668).
+
+linattn prepare pile/*.jsonl --out data/pile --tokenizer gpt2/tokenizer.json
+python recipes/transformer_360m.py
+"""
+
+import sys
+
+from linattn.models import transformer_360m
+from linattn.train import AdamWConfig, Cosine, NextToken, TrainConfig
+
+config = TrainConfig(
+    model=transformer_360m(),
+    data="data/pile",
+    out="runs/transformer-360m",
+    objective=NextToken(reset_documents=False),  # as published; True keeps packed documents apart
+    optimizer=AdamWConfig(lr=8e-4, betas=(0.9, 0.95), weight_decay=0.1),
+    schedule=Cosine(warmup_steps=200, warmup_from=1e-6, min_lr=8e-5),
+    batch=256,
+    micro_batch=8,
+    length=2048,
+    steps=20_000,
+    clip=1.0,
+    seed=1111,
+    precision="bf16",
+)
+
+if __name__ == "__main__":
+    from linattn.cli.main import main
+
+    sys.exit(main(["train", __file__, *sys.argv[1:]]))
