@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linattn.core.laws import Subject, parity
 from linattn.core.numerics import relative_error
+from linattn.core.pool import new_pool, put_, take
 from linattn.core.shapes import Segment
 from linattn.mixers.lightning import (
     MIXER,
@@ -158,12 +159,12 @@ def test_a_step_at_300_tokens_and_after():
     log_decay = tnl_log_decay(4, 23, 24).float()
     want, _ = lightning_reference(*(x.double() for x in (q, k, v, log_decay)))
     _, state = lightning_attention(q[:, :300], k[:, :300], v[:, :300], log_decay)
-    pool = chunked.new_pool(state, 3)
+    pool = new_pool(state, 3)
     slots = torch.tensor([2, 0], dtype=torch.int32)
-    chunked.put_(pool, slots, state)
+    put_(pool, slots, state)
     got = torch.stack([lightning_step_(q[:, t], k[:, t], v[:, t], log_decay, pool, slots) for t in range(300, 420)], 1)
     assert relative_error(got, want[:, 300:], (0, 2)) < 2e-6
-    torch.testing.assert_close(chunked.take(pool, slots).log_decay, (log_decay * 420).expand(2, -1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(take(pool, slots).log_decay, (log_decay * 420).expand(2, -1), rtol=1e-5, atol=0)
 
 
 def test_slow_decays_do_not_drift_over_many_steps():
@@ -171,10 +172,10 @@ def test_slow_decays_do_not_drift_over_many_steps():
     q, k, v = draw(1000, H=4, dtype=torch.float32)
     log_decay = tnl_log_decay(4, 23, 24).float()
     _, (_, want) = lightning_reference(*(x.double() for x in (q, k, v, log_decay)))
-    pool, slots = chunked.new_pool(chunked.identity(1, 4, 4, 3, q), 1), torch.tensor([0], dtype=torch.int32)
+    pool, slots = new_pool(chunked.identity(1, 4, 4, 3, q), 1), torch.tensor([0], dtype=torch.int32)
     for t in range(1000):
         lightning_step_(q[:, t], k[:, t], v[:, t], log_decay, pool, slots)
-    assert relative_error(chunked.take(pool, slots).S, want, (0, 1)) < 2e-6
+    assert relative_error(take(pool, slots).S, want, (0, 1)) < 2e-6
 
 
 def test_scale_is_on_q():

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from linattn.core.dispatch import Call
 
@@ -73,21 +74,60 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    constants: Sequence[Any],
+    *,
+    warps: int,
+) -> None:
+    """Run a kernel whose parameters are, in this order, tensors, numbers and constexprs.
+
+    Triton's own way to a compiled kernel took most of 200 us a call with these kernels' seventy parameters. What was
+    compiled is remembered here under everything that Triton specializes on, the numbers' values being more than that.
+    """
+    key = (
+        kernel,
+        warps,
+        tensors[0].device,
+        tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in tensors]),
+        tuple(numbers),
+        tuple(constants),
+    )
+    arguments = (*tensors, *numbers, *constants)
+    with descriptor_memory(tensors[0].device):
+        compiled = _COMPILED.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments)
+            return
+        compiled = kernel[grid](*arguments, num_warps=warps)
+        if TRITON_VERSION in _REMEMBERED_VERSIONS and hasattr(compiled, "__getitem__"):
+            if len(_COMPILED) >= _MOST_COMPILED:
+                _COMPILED.clear()
+            _COMPILED[key] = compiled
+
+
+_COMPILED: dict[Any, Any] = {}
+_MOST_COMPILED = 4096
+_REMEMBERED_VERSIONS = {(3, 6)}
+"""Where calling a compiled kernel with all of its parameters, constexprs included, has been run on a GPU."""
+
+
 @contextmanager
 def descriptor_memory(device: torch.device) -> Iterator[None]:
     """Within this context kernels may make tensor descriptors; torch's allocator gives their 128 bytes each.
 
     Triton keeps its allocator in a context variable, which autograd's threads do not inherit: every launch enters this.
     """
-    import triton
     from triton.runtime import _allocation
 
     def allocate(size: int, alignment: int, stream: int | None) -> Any:
         return torch.empty(size, device=device, dtype=torch.int8)
 
-    before = _allocation._allocator.get()
-    triton.set_allocator(allocate)
+    token = _allocation._allocator.set(allocate)
     try:
         yield
     finally:
-        triton.set_allocator(before)
+        _allocation._allocator.reset(token)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
+from linattn.core.pool import new_pool, put_, take
 from linattn.core.shapes import check_attention, check_cu_seqlens, check_state, document_count, values_are_checked
-from linattn.mixers.lightning import chunked
-from linattn.mixers.lightning.chunked import LightningState, combine, new_pool, put_, summarize, take
+from linattn.mixers.lightning import chunked, operators
+from linattn.mixers.lightning.chunked import LightningState, combine, summarize
 from linattn.mixers.lightning.reference import lightning_reference
 from linattn.mixers.lightning.slopes import alibi_slopes, minimax_log_decay, paper_log_decay, tnl_log_decay
 
@@ -36,7 +37,10 @@ __all__ = [
     "tnl_log_decay",
 ]
 
-BACKENDS = (Backend("torch", anything, chunked.forward, chunked.step_),)
+BACKENDS = (
+    Backend("triton", operators.refuses, operators.forward, operators.step_),
+    Backend("torch", anything, chunked.forward, chunked.step_),
+)
 
 
 def lightning_attention(

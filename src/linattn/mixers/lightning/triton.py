@@ -13,16 +13,19 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from linattn.core.tiles import block_of, descriptor_memory, multiprocessors
+from linattn.core.tiles import block_of, launch, multiprocessors
 from linattn.mixers.lightning.triton_decay import _decay_gradient
 from linattn.mixers.lightning.triton_step import _step
 from linattn.mixers.lightning.triton_sweep import _scan_segments, _sweep
 
 SHORTEST_SEGMENT = 512
 """Tokens; below it a segment's state (2 K V 4 bytes written and read) weighs more than its keys and values."""
+
+PARTS = 4
+"""Into how many each segment is cut again for the pass that finds what it adds: heads that forget fast are done early,
+and smaller pieces leave no multiprocessor waiting for those that do not."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,21 @@ def gpu_key(device: torch.device) -> str:
 def tile_for(K: int, V: int, device: torch.device) -> Tile:
     """The tuned tile for these head dims on this GPU, or one that fits any from capability 8.0 on."""
     entry = tuned(gpu_key(device)).get(f"{block_of(K)}x{block_of(V)}")
-    if entry is not None:
-        return Tile(**entry)
+    return Tile(*entry) if entry is not None else plain_tile(K, V)
+
+
+def plain_tile(K: int, V: int) -> Tile:
+    """A tile that runs on any GPU from capability 8.0 on, in less than 100 KB of shared memory."""
     # A state of 64 x 128 in fp32 fills half of four warps' registers; more would spill.
-    value = min(block_of(V), max(16, 8192 // block_of(K)))
-    return Tile(chunk=64 if block_of(K) <= 128 else 32, value=value, warps=4, stages=2, resident=2)
+    wide = block_of(K) > 128
+    return Tile(32 if wide else 64, min(block_of(V), 32 if wide else 64), 4, 2, 1)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """How documents are cut: ``count`` segments in all, of ``tokens`` each. One a document when ``per_row`` is 1.
+    """How documents are cut: ``count`` segments in all, of ``tokens`` each, ``per_row`` a row.
 
+    Where there is more than one a document, `fine` cuts each again in PARTS, to find what they add.
     document, start, first: int32, for packed rows: each segment's document and first token there, and each document's
     first segment.
     """
@@ -72,45 +79,53 @@ class Segments:
     count: int
     tokens: int
     per_row: int
-    split: bool
+    fine: Segments | None = None
     document: Tensor | None = None
     start: Tensor | None = None
     first: Tensor | None = None
 
 
+@functools.cache
 def segments_a_row(programs: int, tokens: int, slots: int) -> int:
     """In how many segments to cut each row: the least of (idle slots) x (bytes moved), README.md's cost model."""
     best, least = 1, float("inf")
-    for n in range(1, max(1, tokens // SHORTEST_SEGMENT) + 1):
+    for n in range(1, min(max(1, tokens // SHORTEST_SEGMENT), 8 * slots) + 1):
         waves = -(-programs * n // slots)
         cost = waves * slots / (programs * n) * (1 + 0.5 * (n - 1) / n)
         if cost < least - 1e-9:
             best, least = n, cost
-        if n > 8 * slots:
-            break
     return best
 
 
 def cut_segments(
-    rows: int, tokens: int, programs: int, tile: Tile, cu_seqlens: Tensor | None, device: torch.device
+    rows: int,
+    tokens: int,
+    programs: int,
+    tile: Tile,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+    segments: int | None = None,
 ) -> Segments:
     """Segments for ``rows`` rows of ``tokens`` tokens with ``programs`` programs each, without a look at the device."""
     slots = multiprocessors(device) * tile.resident if device.type == "cuda" else 8
-    unit = max(tile.chunk, 64)
+    unit = PARTS * max(tile.chunk, 64)
     if cu_seqlens is None:
-        n = segments_a_row(rows * programs, tokens, slots)
+        n = segments or segments_a_row(rows * programs, tokens, slots)
         size = -(-tokens // (n * unit)) * unit
-        n = max(1, -(-tokens // size)) if size else 1
-        return Segments(rows * n, max(size, unit), n, n > 1)
-    documents = cu_seqlens.numel() - 1
+        n = -(-tokens // size)
+        if n == 1:
+            return Segments(rows, tokens, 1)
+        parts = -(-tokens // (size // PARTS))
+        return Segments(rows * n, size, n, Segments(rows * parts, size // PARTS, parts))
     # Lengths are on the device. One document may hold everything: twice as many segments as slots if so.
-    size = max(SHORTEST_SEGMENT, -(-tokens * programs // (2 * slots * unit)) * unit)
+    n = segments or max(1, min(tokens // SHORTEST_SEGMENT, 2 * slots // programs))
+    size = -(-tokens // (n * unit)) * unit
     if size >= tokens:
-        return Segments(documents, tokens, 1, False)
-    return packed_segments(cu_seqlens, tokens, size)
+        return Segments(cu_seqlens.numel() - 1, tokens, 1)
+    return _packed_segments(cu_seqlens, tokens, size, _packed_segments(cu_seqlens, tokens, size // PARTS))
 
 
-def packed_segments(cu_seqlens: Tensor, tokens: int, size: int) -> Segments:
+def _packed_segments(cu_seqlens: Tensor, tokens: int, size: int, fine: Segments | None = None) -> Segments:
     """T // size + N segments whatever the documents' lengths; those that no document needs start behind its end."""
     offsets = cu_seqlens.long()
     documents = offsets.numel() - 1
@@ -121,9 +136,9 @@ def packed_segments(cu_seqlens: Tensor, tokens: int, size: int) -> Segments:
     document = torch.searchsorted(ends, index, right=True)
     used = document < documents
     document = document.clamp(max=documents - 1)
-    start = torch.where(used, (index - first[document]) * size, tokens)
+    start = torch.where(used, (index - first[document]) * size, -(-tokens // size) * size)
     parts = (x.to(torch.int32) for x in (document, start, first))
-    return Segments(tokens // size + documents, size, 0, True, *parts)
+    return Segments(tokens // size + documents, size, 0, fine, *parts)
 
 
 def sweep(
@@ -142,49 +157,46 @@ def sweep(
     state_in: Tensor | None = None,
     state_out: Tensor | None = None,
     summary: bool = False,
+    pair: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Launch `_sweep`. States are [segments or documents, H, K, V] views of fp32, K going with b and V with c."""
+    """Launch `_sweep`. States are [segments or documents, H, K, V] views of fp32, K going with b and V with c.
+
+    pair: (a, b, c, out) of a second sweep to go beside it, whose state is the transpose.
+    """
     K, V = b.shape[-1], c.shape[-1]
     BV = min(tile.value, block_of(V))
-    grid = (triton.cdiv(V, BV), heads, cut.count)
     given = [x if x is not None else b for x in (a, b, c, out)]
-    s_in = state_in if state_in is not None else log_decay
-    s_out = state_out if state_out is not None else log_decay
-    token_strides = [s for x in given for s in x.stride()[:3]]
-    state_strides = [s for x in (state_in, state_out) for s in (x.stride() if x is not None else (0, 0, 0, 0))]
-    with descriptor_memory(b.device):
-        _sweep[grid](
-            *given,
-            log_decay,
-            s_in,
-            s_out,
-            cu_seqlens if cu_seqlens is not None else log_decay,
-            cut.document if cut.document is not None else log_decay,
-            cut.start if cut.start is not None else log_decay,
-            scale,
-            b.shape[1],
-            cut.tokens,
-            cut.per_row,
-            *token_strides,
-            *state_strides,
-            K=K,
-            V=V,
-            BK=block_of(K),
-            BV=BV,
-            C=tile.chunk,
-            A_GROUP=heads // given[0].shape[2],
-            B_GROUP=heads // b.shape[2],
-            C_GROUP=heads // c.shape[2],
-            STATE_GROUP=heads // log_decay.shape[0],
-            REVERSE=reverse,
-            PACKED=cu_seqlens is not None,
-            SPLIT=cut.split,
-            OUTPUT=out is not None,
-            INITIAL=state_in is not None,
-            FINAL=0 if state_out is None else 2 if summary else 1,
-            NUM_STAGES=tile.stages,
-            num_warps=tile.warps,
-        )
+    given += pair or given
+    states = (state_in, state_out)
+    tensors = [
+        *given,
+        log_decay,
+        *(x if x is not None else log_decay for x in (*states, cu_seqlens, cut.document, cut.start)),
+    ]
+    numbers = [scale, b.shape[1], cut.tokens, cut.per_row, PARTS]
+    for x in given:
+        numbers += x.stride()[:3]
+    for x in states:
+        numbers += x.stride() if x is not None else (0, 0, 0, 0)
+    constants = (
+        K,
+        V,
+        block_of(K),
+        BV,
+        tile.chunk,
+        *(heads // x.shape[2] for x in given[:3]),
+        heads // log_decay.shape[0],
+        reverse,
+        cu_seqlens is not None,
+        cut.per_row != 1,
+        out is not None,
+        state_in is not None,
+        0 if state_out is None else 2 if summary else 1,
+        *(heads // x.shape[2] for x in given[4:7]),
+        pair is not None,
+        tile.stages,
+    )
+    launch(_sweep, (-(-V // BV) * (2 if pair else 1), heads, cut.count), tensors, numbers, constants, warps=tile.warps)
 
 
 def states_before(
@@ -202,49 +214,30 @@ def states_before(
     reverse: bool = False,
 ) -> Tensor | None:
     """The state before each segment, [segments, heads, K, V]: the initial one itself where nothing is cut."""
-    if not cut.split:
+    fine = cut.fine
+    if fine is None:
         return initial
     K, V = b.shape[-1], c.shape[-1]
-    states = b.new_empty(cut.count, heads, K, V, dtype=torch.float32)
-    sweep(
-        None,
-        b,
-        c,
-        None,
-        log_decay,
-        tile,
-        cut,
-        heads=heads,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        reverse=reverse,
-        state_out=states,
-        summary=True,
-    )
+    added = b.new_empty(fine.count, heads, K, V, dtype=torch.float32)
+    before = b.new_empty(cut.count, heads, K, V, dtype=torch.float32)
+    shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": reverse}
+    sweep(None, b, c, None, log_decay, tile, fine, heads=heads, scale=scale, state_out=added, summary=True, **shared)
     block = 1024
-    given = initial if initial is not None else states
-    _scan_segments[(triton.cdiv(K * V, block), heads, documents)](
-        states,
-        given,
-        log_decay,
-        cu_seqlens if cu_seqlens is not None else log_decay,
-        cut.first if cut.first is not None else log_decay,
-        b.shape[1],
-        cut.tokens,
-        cut.per_row,
-        heads,
-        K * V,
-        *given.stride(),
-        V=V,
-        STATE_GROUP=heads // log_decay.shape[0],
-        INITIAL_GROUP=heads // given.shape[1],
-        REVERSE=reverse,
-        PACKED=cu_seqlens is not None,
-        INITIAL=initial is not None,
-        BLOCK=block,
-        num_warps=4,
+    optional = (initial, log_decay, cu_seqlens, fine.first, cut.first)
+    tensors = [added, before, *(x if x is not None else log_decay for x in optional)]
+    strides = initial.stride() if initial is not None else (0, 0, 0, 0)
+    constants = (
+        V,
+        heads // log_decay.shape[0],
+        1 if initial is None else heads // initial.shape[1],
+        reverse,
+        cu_seqlens is not None,
+        initial is not None,
+        block,
     )
-    return states
+    numbers = (b.shape[1], fine.tokens, fine.per_row, cut.per_row, PARTS, heads, K * V, *strides)
+    launch(_scan_segments, (-(-K * V // block), heads, documents), tensors, numbers, constants, warps=4)
+    return before
 
 
 def forward(
@@ -269,11 +262,10 @@ def forward(
         return o, final.copy_(initial) if return_state and initial is not None else final.zero_()
     initial = None if initial is None else initial.float()
     tile = tile or tile_for(K, V, q.device)
-    cut = _cut(B, T, heads, V, tile, cu_seqlens, q.device, segments)
+    programs = heads * -(-V // min(tile.value, block_of(V)))
+    cut = cut_segments(B, T, programs, tile, cu_seqlens, q.device, segments)
     shared = {"scale": scale, "cu_seqlens": cu_seqlens}
-    before = states_before(
-        k, v, log_decay, tile, cut, heads=n_state, documents=documents, initial=initial, **shared
-    )
+    before = states_before(k, v, log_decay, tile, cut, heads=n_state, documents=documents, initial=initial, **shared)
     sweep(
         q,
         k,
@@ -324,32 +316,24 @@ def backward(
         seed[:, ::group] = d_final
     grads = [_gradient(x, heads) for x in (q, k, v)]
     by_value, by_key = tile or tile_for(V, K, q.device), tile or tile_for(K, V, q.device)
-    cut = _cut(B, T, heads, V, by_key, cu_seqlens, q.device, segments)
+    programs = heads * -(-V // min(by_key.value, block_of(V)))
+    cut = cut_segments(B, T, programs, by_key, cu_seqlens, q.device, segments)
     shared = {"scale": scale, "cu_seqlens": cu_seqlens}
-    S = states_before(
-        k, v, log_decay, by_key, cut, heads=n_state, documents=documents, initial=initial, **shared
-    )
+    S = states_before(k, v, log_decay, by_key, cut, heads=n_state, documents=documents, initial=initial, **shared)
     S = None if S is None else S.transpose(-1, -2)
     sweep(do, v, k, grads[0], log_decay, by_value, cut, heads=heads, state_in=S, **shared)
     shared["reverse"] = True
     D = states_before(q, do, log_decay, by_key, cut, heads=heads, documents=documents, initial=seed, **shared)
-    Dt = None if D is None else D.transpose(-1, -2)
     # A State's gradient is summed over the heads that read it, so here every head has a state of its own.
     spread = log_decay if group == 1 else log_decay.repeat_interleave(group)
-    sweep(v, do, q, grads[1], spread, by_value, cut, heads=heads, state_in=Dt, **shared)
-    sweep(
-        k,
-        q,
-        do,
-        grads[2],
-        spread,
-        by_key,
-        cut,
-        heads=heads,
-        state_in=D,
-        state_out=d_initial if initial is not None else None,
-        **shared,
-    )
+    first, second = (k, q, do, grads[2]), (v, do, q, grads[1])
+    shared |= {"heads": heads}
+    out = {"state_in": D, "state_out": d_initial if initial is not None else None}
+    if K == V and grads[1].dtype == grads[2].dtype:
+        sweep(*first, spread, by_key, cut, pair=second, **out, **shared)
+    else:
+        sweep(*first, spread, by_key, cut, **out, **shared)
+        sweep(*second, spread, by_value, cut, state_in=None if D is None else D.transpose(-1, -2), **shared)
     if decay_gradient:
         d_decay = decay_gradient_of(do, d_final, q, k, v, log_decay, scale, initial, cu_seqlens)
     dq, dk, dv = (_gathered(g, x) for g, x in zip(grads, (q, k, v), strict=True))
@@ -372,36 +356,19 @@ def decay_gradient_of(
     documents = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     BK = block_of(K)
     BV = min(block_of(V), max(16, 4096 // BK))
-    blocks = triton.cdiv(V, BV)
+    blocks = -(-V // BV)
     out = torch.empty(documents, heads, blocks, device=q.device, dtype=torch.float32)
-    tokens = [x for x in (q, k, v, do)]
-    states = [s for x in (initial, d_final) for s in (x.stride() if x is not None else (0, 0, 0, 0))]
-    with descriptor_memory(q.device):
-        _decay_gradient[(blocks, heads, documents)](
-            *tokens,
-            log_decay,
-            initial if initial is not None else log_decay,
-            d_final if d_final is not None else log_decay,
-            out,
-            cu_seqlens if cu_seqlens is not None else log_decay,
-            scale,
-            T,
-            *[s for x in tokens for s in x.stride()[:3]],
-            *states,
-            K=K,
-            V=V,
-            BK=BK,
-            BV=BV,
-            C=32,
-            Q_GROUP=heads // q.shape[2],
-            K_GROUP=heads // k.shape[2],
-            V_GROUP=heads // v.shape[2],
-            STATE_GROUP=heads // n_state,
-            PACKED=cu_seqlens is not None,
-            INITIAL=initial is not None,
-            FINAL=d_final is not None,
-            num_warps=4,
-        )
+    given, states = (q, k, v, do), (initial, d_final)
+    optional = [x if x is not None else log_decay for x in states]
+    tensors = [*given, log_decay, *optional, out, cu_seqlens if cu_seqlens is not None else log_decay]
+    numbers = [scale, T]
+    for x in given:
+        numbers += x.stride()[:3]
+    for x in states:
+        numbers += x.stride() if x is not None else (0, 0, 0, 0)
+    groups = [heads // n for n in (q.shape[2], k.shape[2], v.shape[2], n_state)]
+    constants = (K, V, BK, BV, 32, *groups, cu_seqlens is not None, initial is not None, d_final is not None)
+    launch(_decay_gradient, (blocks, heads, documents), tensors, numbers, constants, warps=4)
     return out.unflatten(1, (n_state, -1)).sum((0, 2, 3)).to(log_decay.dtype)
 
 
@@ -416,64 +383,27 @@ def step_(
     scale: float,
     value: int | None = None,
     warps: int = 4,
+    rows: int | None = None,
+    stages: int = 1,
 ) -> Tensor:
     """One token a row; S [slots, H, K, V] and carried [slots, H] in place. o [B, Ho, V]."""
-    rows, n_state, K, V = q.shape[0], S.shape[1], S.shape[2], S.shape[3]
+    n_state, K, V = S.shape[1:]
     heads = max(q.shape[1], n_state)
-    o = q.new_empty(rows, heads, V)
+    o = q.new_empty(q.shape[0], heads, V)
     BK = block_of(K)
     # 16 KB of state a program: enough in flight at any batch, and few enough registers for many programs an SM.
     BV = value or min(block_of(V), max(16, 4096 // BK))
-    _step[(triton.cdiv(V, BV), n_state, rows)](
-        q,
-        k,
-        v,
-        o,
-        log_decay,
-        S,
-        carried,
-        slots,
-        scale,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *S.stride()[:3],
-        *carried.stride(),
-        n_state,
-        S.shape[0],
-        K=K,
-        V=V,
-        BK=BK,
-        BV=BV,
-        Q_GROUP=heads // q.shape[1],
-        K_GROUP=n_state // k.shape[1],
-        V_GROUP=n_state // v.shape[1],
-        READERS=heads // n_state,
-        num_warps=warps,
+    numbers = [scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *S.stride()[:3], *carried.stride()]
+    groups = (heads // q.shape[1], n_state // k.shape[1], n_state // v.shape[1], heads // n_state)
+    launch(
+        _step,
+        (-(-V // BV), n_state, q.shape[0]),
+        (q, k, v, o, log_decay, S, carried, slots),
+        (*numbers, n_state, S.shape[0]),
+        (K, V, BK, BV, *groups, 1 << (groups[3] - 1).bit_length(), min(rows or BK, BK), stages),
+        warps=warps,
     )
     return o
-
-
-def _cut(
-    rows: int,
-    tokens: int,
-    heads: int,
-    V: int,
-    tile: Tile,
-    cu_seqlens: Tensor | None,
-    device: torch.device,
-    segments: int | None,
-) -> Segments:
-    programs = heads * triton.cdiv(V, min(tile.value, block_of(V)))
-    if segments is None:
-        return cut_segments(rows, tokens, programs, tile, cu_seqlens, device)
-    size = max(64, -(-tokens // (segments * 64)) * 64)
-    if cu_seqlens is not None:
-        return packed_segments(cu_seqlens, tokens, size) if segments > 1 else Segments(
-            cu_seqlens.numel() - 1, tokens, 1, False
-        )
-    n = -(-tokens // size)
-    return Segments(rows * n, size, n, n > 1)
 
 
 def _aligned(x: Tensor) -> Tensor:

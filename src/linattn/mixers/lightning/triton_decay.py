@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linattn.mixers.lightning.triton_sweep import _expm1
+
 
 @triton.jit
 def _decay_gradient(
@@ -83,7 +85,8 @@ def _decay_gradient(
     do_rows = tl.make_tensor_descriptor(
         do + row * do_n + begin * do_t + h.to(tl.int64) * do_h, [rows, V], [do_t, 1], [C, BV]
     )
-    log2_decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32) * 1.4426950408889634
+    decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32)
+    log2_decay = decay * 1.4426950408889634
     i = tl.arange(0, C)
     k_index = tl.arange(0, BK)
     v_index = v0 + tl.arange(0, BV)
@@ -113,11 +116,12 @@ def _decay_gradient(
         total += tl.sum(steepness * tl.trans(dos).to(tl.float32), 0)
         to_end = tl.maximum(m - 1 - i, 0)
         weight = tl.exp2(log2_decay * to_end)
-        over = tl.exp2(log2_decay * m)
+        over = _expm1(decay * m)
         keys = ks.to(tl.float32)
         values = tl.trans(vs)
-        slope = tl.dot(values, (keys * (weight * to_end)[:, None]).to(dtype), (slope + state * m) * over)
-        state = tl.dot(values, (keys * weight[:, None]).to(dtype), state * over)
+        steeper = slope + state * m
+        slope = tl.dot(values, (keys * (weight * to_end)[:, None]).to(dtype), steeper + steeper * over)
+        state = tl.dot(values, (keys * weight[:, None]).to(dtype), state + state * over)
     result = tl.sum(total, 0) * scale
     if FINAL and h % STATE_GROUP == 0:
         at = document * final_n + (h // STATE_GROUP).to(tl.int64) * final_h

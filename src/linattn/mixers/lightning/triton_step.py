@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linattn.mixers.lightning.triton_sweep import _expm1
+
 
 @triton.jit
 def _step(
@@ -38,29 +40,39 @@ def _step(
     K_GROUP: tl.constexpr,
     V_GROUP: tl.constexpr,
     READERS: tl.constexpr,
+    READERS_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Grid (value blocks, state heads, rows). READERS output heads read one state; out [rows, heads * READERS, V]."""
     block = tl.program_id(0)
     h = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    i = tl.arange(0, BK)
     j = block * BV + tl.arange(0, BV)
     slot = tl.load(slots + row).to(tl.int64)
     alive = (slot >= 0) & (slot < n_slots)
     slot = tl.where(alive, slot, 0)
-    inside = (i[:, None] < K) & (j[None, :] < V) & alive
-    decay = tl.exp2(tl.load(log_decay + h).to(tl.float32) * 1.4426950408889634)
-    place = pool + slot * pool_n + h.to(tl.int64) * pool_h + i[:, None] * pool_k + j[None, :]
-    state = tl.load(place, mask=inside, other=0.0)
-    key = tl.load(k + row * k_n + (h // K_GROUP) * k_h + i, mask=i < K, other=0.0).to(tl.float32)
+    decay = tl.load(log_decay + h).to(tl.float32)
+    less = _expm1(decay)
+    place = pool + slot * pool_n + h.to(tl.int64) * pool_h
     value = tl.load(v + row * v_n + (h // V_GROUP) * v_h + j, mask=j < V, other=0.0).to(tl.float32)
-    state = state * decay + key[:, None] * value[None, :]
-    tl.store(place, state, mask=inside)
-    for reader in tl.static_range(READERS):
-        head = h * READERS + reader
-        query = tl.load(q + row * q_n + (head // Q_GROUP) * q_h + i, mask=i < K, other=0.0).to(tl.float32) * scale
-        y = tl.where(alive, tl.sum(query[:, None] * state, 0), 0.0)
-        tl.store(out + (row * heads * READERS + head) * V + j, y.to(out.dtype.element_ty), mask=j < V)
+    reader = tl.arange(0, READERS_BLOCK)
+    reads = (reader < READERS)[:, None]
+    queries = q + row * q_n + ((h * READERS + reader) // Q_GROUP)[:, None] * q_h
+    y = tl.zeros([READERS_BLOCK, BV], tl.float32)
+    for start in tl.range(0, BK, ROWS, num_stages=NUM_STAGES):
+        i = start + tl.arange(0, ROWS)
+        inside = (i[:, None] < K) & (j[None, :] < V) & alive
+        at = place + i[:, None] * pool_k + j[None, :]
+        state = tl.load(at, mask=inside, other=0.0)
+        key = tl.load(k + row * k_n + (h // K_GROUP) * k_h + i, mask=i < K, other=0.0).to(tl.float32)
+        state += less * state + key[:, None] * value[None, :]
+        tl.store(at, state, mask=inside)
+        query = tl.load(queries + i[None, :], mask=reads & (i[None, :] < K), other=0.0).to(tl.float32)
+        y += tl.sum(query[:, :, None] * state[None, :, :], 1)
+    y = tl.where(alive, y * scale, 0.0)
+    outs = out + ((row * heads + h) * READERS + reader)[:, None] * V + j[None, :]
+    tl.store(outs, y.to(out.dtype.element_ty), mask=reads & (j[None, :] < V))
     if block == 0 and alive:
         total = carried + slot * carried_n + h * carried_h
-        tl.store(total, tl.load(total) + tl.load(log_decay + h).to(tl.float32))
+        tl.store(total, tl.load(total) + decay)

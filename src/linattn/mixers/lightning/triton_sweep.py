@@ -2,9 +2,10 @@
 
     out_t = sum over s of decay^|t - s| (a_t . b_s) c_s,  s up to t (forward) or from t on (reverse)
 
-The forward is the sweep of (q, k, v). The gradients are three more: dq of (do, v, k) forward, dk of (v, do, q) and dv of
-(k, q, do) in reverse, whose state is the State's gradient. A document may be cut in segments, each a program of its own,
-given the state before each; `_sweep` without outputs makes what each segment adds, `_scan_segments` the running states.
+The forward is the sweep of (q, k, v). The gradients are three more: dq of (do, v, k) forward, dk of (v, do, q) and dv
+of (k, q, do) in reverse, whose state is the State's gradient; where K = V one launch sweeps dk and dv side by side.
+A document may be cut in segments, each a program of its own, given the state before each: `_sweep` without outputs
+makes what each segment adds, `_scan_segments` the running states.
 """
 
 from __future__ import annotations
@@ -14,11 +15,24 @@ import triton.language as tl
 
 
 @triton.jit
+def _expm1(x):
+    """exp(x) - 1 of a scalar x <= 0 to fp32's precision: a decay near 1 is applied as S + expm1(x) S."""
+    series = 1 + x / 8
+    for n in tl.static_range(6):
+        series = 1 + x / (7 - n) * series
+    return tl.where(x > -0.5, x * series, tl.exp2(x * 1.4426950408889634) - 1)
+
+
+@triton.jit
 def _sweep(
     a,
     b,
     c,
     out,
+    a2,
+    b2,
+    c2,
+    out2,
     log_decay,
     state_in,
     state_out,
@@ -29,6 +43,7 @@ def _sweep(
     tokens,
     segment_tokens,
     per_row,
+    part,
     a_n,
     a_t,
     a_h,
@@ -41,6 +56,18 @@ def _sweep(
     out_n,
     out_t,
     out_h,
+    a2_n,
+    a2_t,
+    a2_h,
+    b2_n,
+    b2_t,
+    b2_h,
+    c2_n,
+    c2_t,
+    c2_h,
+    out2_n,
+    out2_t,
+    out2_h,
     in_n,
     in_h,
     in_k,
@@ -64,16 +91,40 @@ def _sweep(
     OUTPUT: tl.constexpr,
     INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
+    A2_GROUP: tl.constexpr,
+    B2_GROUP: tl.constexpr,
+    C2_GROUP: tl.constexpr,
+    PAIR: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Grid (value blocks, heads, segments). a, b [.., K], c, out [.., V]; state [K, V], held as [V, K].
 
     STATE_GROUP heads share a state; the first of them writes it. SPLIT: documents are cut in segments of
     segment_tokens (a multiple of C), per_row of them a row, or as segment_document and segment_start say when packed.
-    FINAL: 0 nothing, 1 the state after each document, 2 what each segment adds.
+    PAIR: even programs sweep the first four tensors, odd ones the second four, with the state transposed.
+    FINAL: 0 nothing, 1 the state after each document, 2 what each segment adds, ``part`` segments being read as one.
     """
-    v0 = tl.program_id(0) * BV
     h = tl.program_id(1)
+    block = tl.program_id(0)
+    a_head = (h // A_GROUP).to(tl.int64)
+    b_head = (h // B_GROUP).to(tl.int64)
+    c_head = (h // C_GROUP).to(tl.int64)
+    second = False
+    if PAIR:
+        second = block % 2 == 1
+        block = block // 2
+        if second:
+            a, b, c, out = a2, b2, c2, out2
+            a_head = (h // A2_GROUP).to(tl.int64)
+            b_head = (h // B2_GROUP).to(tl.int64)
+            c_head = (h // C2_GROUP).to(tl.int64)
+        a_n, a_t, a_h = tl.where(second, a2_n, a_n), tl.where(second, a2_t, a_t), tl.where(second, a2_h, a_h)
+        b_n, b_t, b_h = tl.where(second, b2_n, b_n), tl.where(second, b2_t, b_t), tl.where(second, b2_h, b_h)
+        c_n, c_t, c_h = tl.where(second, c2_n, c_n), tl.where(second, c2_t, c_t), tl.where(second, c2_h, c_h)
+        out_n, out_t = tl.where(second, out2_n, out_n), tl.where(second, out2_t, out_t)
+        out_h = tl.where(second, out2_h, out_h)
+        in_k, in_v = tl.where(second, in_v, in_k), tl.where(second, in_k, in_v)
+    v0 = block * BV
     segment = tl.program_id(2).to(tl.int64)
     document = segment
     first = 0
@@ -96,25 +147,34 @@ def _sweep(
     if SPLIT:
         last = tl.minimum(length, first + segment_tokens)
     chunks = tl.maximum(tl.cdiv(last - first, C), 0)
-    if FINAL == 2 and (first == 0 if REVERSE else last == length):
-        chunks = 0  # the sweep's last segment adds to nothing that anyone reads
 
     rows = tl.maximum(length, 1)
-    b_rows = tl.make_tensor_descriptor(
-        b + row * b_n + begin * b_t + (h // B_GROUP).to(tl.int64) * b_h, [rows, K], [b_t, 1], [C, BK]
-    )
-    c_rows = tl.make_tensor_descriptor(
-        c + row * c_n + begin * c_t + (h // C_GROUP).to(tl.int64) * c_h, [rows, V], [c_t, 1], [C, BV]
-    )
+    b_rows = tl.make_tensor_descriptor(b + row * b_n + begin * b_t + b_head * b_h, [rows, K], [b_t, 1], [C, BK])
+    c_rows = tl.make_tensor_descriptor(c + row * c_n + begin * c_t + c_head * c_h, [rows, V], [c_t, 1], [C, BV])
     if OUTPUT:
-        a_rows = tl.make_tensor_descriptor(
-            a + row * a_n + begin * a_t + (h // A_GROUP).to(tl.int64) * a_h, [rows, K], [a_t, 1], [C, BK]
-        )
+        a_rows = tl.make_tensor_descriptor(a + row * a_n + begin * a_t + a_head * a_h, [rows, K], [a_t, 1], [C, BK])
         out_rows = tl.make_tensor_descriptor(
             out + row * out_n + begin * out_t + h.to(tl.int64) * out_h, [rows, V], [out_t, 1], [C, BV]
         )
 
-    log2_decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32) * 1.4426950408889634
+    decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32)
+    log2_decay = decay * 1.4426950408889634
+    begin_step = 0
+    if FINAL == 2:
+        # Weights below 2^-149 are 0 in fp32: what lies further from where the state is read next is not read itself,
+        # nor what the last segment would add, which nobody reads.
+        heard = tl.minimum(150.0 / tl.maximum(-log2_decay, 1e-30), 1e9).to(tl.int32)
+        index = first // segment_tokens
+        if REVERSE:
+            beyond = first - index // part * part * segment_tokens
+            unread = index < part
+        else:
+            boundary = (index // part + 1) * part * segment_tokens
+            beyond = tl.minimum(boundary, length) - last
+            unread = boundary >= length
+        begin_step = tl.maximum(chunks - tl.maximum(heard - beyond + C - 1, 0) // C - 1, 0)
+        if unread | (beyond > heard):
+            begin_step = chunks
     i = tl.arange(0, C)
     k_index = tl.arange(0, BK)
     v_index = v0 + tl.arange(0, BV)
@@ -134,7 +194,7 @@ def _sweep(
     read_scale = 1.0 if REVERSE else scale
     add_scale = scale if REVERSE else 1.0
 
-    for step in tl.range(0, chunks, num_stages=NUM_STAGES):
+    for step in tl.range(begin_step, chunks, num_stages=NUM_STAGES):
         t = first + (chunks - 1 - step if REVERSE else step) * C
         m = tl.minimum(C, length - t)
         to_end = tl.maximum(m - 1 - i, 0)
@@ -153,28 +213,32 @@ def _sweep(
             out_rows.store([t, v0], tl.trans(y).to(out.dtype.element_ty))
         ahead = i + 1 if REVERSE else to_end
         weighted = (bs.to(tl.float32) * (tl.exp2(log2_decay * ahead) * add_scale)[:, None]).to(dtype)
-        state = tl.dot(tl.trans(cs), weighted, state * tl.exp2(log2_decay * m))
+        state = tl.dot(tl.trans(cs), weighted, state + state * _expm1(decay * m))
 
     if FINAL == 2:
         at = segment * final_n + h.to(tl.int64) * final_h
         tl.store(state_out + at + v_index[:, None] * final_v + k_index[None, :] * final_k, state, mask=inside)
     elif FINAL == 1:
         ends = first == 0 if REVERSE else (last == length) & ((chunks > 0) | (first == 0))
-        if ends & (h % STATE_GROUP == 0):
+        if ends & (h % STATE_GROUP == 0) & (not second):
             at = document * final_n + (h // STATE_GROUP).to(tl.int64) * final_h
             tl.store(state_out + at + v_index[:, None] * final_v + k_index[None, :] * final_k, state, mask=inside)
 
 
 @triton.jit
 def _scan_segments(
-    states,
+    added,
+    before,
     initial,
     log_decay,
     cu_seqlens,
-    first_segment,
+    first_added,
+    first_before,
     tokens,
     segment_tokens,
-    per_row,
+    added_a_row,
+    before_a_row,
+    part,
     heads,
     size,
     in_n,
@@ -189,7 +253,7 @@ def _scan_segments(
     INITIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In place, states [segments, heads, K, V]: from what each segment adds to the state before each.
+    """From what each segment adds, [.., heads, K, V], the state before every ``part``-th.
 
     Grid (blocks of K V, heads, documents). In reverse "before" is after in the text.
     """
@@ -198,15 +262,16 @@ def _scan_segments(
     document = tl.program_id(2).to(tl.int64)
     inside = at < size
     length = tokens
-    begin = document * per_row
-    count = per_row
+    begin = document * added_a_row
+    begin_before = document * before_a_row
     if PACKED:
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
         end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), start), tokens)
         length = (end - start).to(tl.int32)
-        begin = tl.load(first_segment + document).to(tl.int64)
-        count = tl.maximum(tl.cdiv(length, segment_tokens), 1)
-    log2_decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32) * 1.4426950408889634
+        begin = tl.load(first_added + document).to(tl.int64)
+        begin_before = tl.load(first_before + document).to(tl.int64)
+    count = tl.maximum(tl.cdiv(length, segment_tokens), 1)
+    decay = tl.load(log_decay + h // STATE_GROUP).to(tl.float32)
     if INITIAL:
         where = document * in_n + (h // INITIAL_GROUP).to(tl.int64) * in_h + (at // V) * in_k + (at % V) * in_v
         state = tl.load(initial + where, mask=inside, other=0.0)
@@ -214,7 +279,8 @@ def _scan_segments(
         state = tl.zeros([BLOCK], tl.float32)
     for step in range(count):
         s = count - 1 - step if REVERSE else step
-        place = states + ((begin + s) * heads + h) * size + at
-        added = tl.load(place, mask=inside, other=0.0)
-        tl.store(place, state, mask=inside)
-        state = state * tl.exp2(log2_decay * tl.minimum(segment_tokens, length - s * segment_tokens)) + added
+        ends = ((s + 1) % part == 0) | (s == count - 1) if REVERSE else s % part == 0
+        if ends:
+            tl.store(before + ((begin_before + s // part) * heads + h) * size + at, state, mask=inside)
+        more = tl.load(added + ((begin + s) * heads + h) * size + at, mask=inside, other=0.0)
+        state += state * _expm1(decay * tl.minimum(segment_tokens, length - s * segment_tokens)) + more
