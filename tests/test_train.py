@@ -4,6 +4,7 @@ pytest tests/test_train.py
 """
 
 import errno
+import functools
 import io
 import itertools
 import json
@@ -627,6 +628,16 @@ def test_every_model_learns(config, model, objective):
     masked = [line["masked_loss"] for line in lines if "masked_loss" in line]
     assert len(masked) == (30 if isinstance(objective, JRT) else 0)
     assert masked == [] or sum(masked[-5:]) < sum(masked[:5])
+
+
+def test_a_compiled_run_is_the_same_run(config, monkeypatch):
+    """Through dynamo alone: generating C++ for a model this small takes a minute and tests nothing of ours."""
+    config = replace(config, steps=2, log_every=1, eval_every=0)
+    run_quietly(config)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    run_quietly(replace(config, out=config.out + "2", compile=True))
+    for a, b in zip(lines_of(config.out), lines_of(config.out + "2"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_a_run_in_bf16_learns_too(config):

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from linattn.core.config import to_data
+from linattn.core.files import write_tensors
 from linattn.models.decoder import Decoder, ModelState
 
 FORMAT = "linattn.state"
@@ -122,11 +123,11 @@ def save_snapshot(
     own = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(own, beside, metadata=header)
+        write_tensors(beside, own, header)
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         beside.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(
             f"{path}: the snapshot could not be written ({error}); what was there before is untouched. "
             f"It needs {sum(x.nbytes for x in own.values()):,} bytes: free some space, or choose another disk"

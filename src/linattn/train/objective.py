@@ -179,7 +179,7 @@ def term_sums(
         state: what each row or document had read before.
         run: the model's forward in another form, such as ``torch.compile(model)``.
     """
-    out = (run or model)(
+    out = (model if run is None else run)(
         problem.tokens,
         state=state,
         cu_seqlens=problem.cu_seqlens,

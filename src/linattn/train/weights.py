@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from linattn.core.config import from_data, to_data
+from linattn.core.files import write_tensors
 from linattn.data import Tokenizer, load_tokenizer
 from linattn.data.meta import TokenizerMeta
 from linattn.models import Decoder, ModelConfig, build_model
@@ -184,17 +184,6 @@ def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with _opened(path) as handle, torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(handle.get_tensor(name))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; a full disk is an OSError here, as for every other file."""
-    path.touch()
-    mode = path.stat().st_mode  # the user's umask; safetensors itself leaves files that only their owner can read
-    try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    path.chmod(mode)
 
 
 def write_json(path: Path, data: Any) -> None:
