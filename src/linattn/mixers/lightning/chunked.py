@@ -120,7 +120,6 @@ def forward(
     return run_chunks(plan, (q, k, v), summarize_chunks, combine, outputs, initial_state, return_state)
 
 
-
 def step_(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pool: LightningState, slots: Tensor, *, scale: float
 ) -> Tensor:

@@ -13,6 +13,8 @@ from linattn.core.shapes import document_count
 from linattn.core.tiles import layout_refusals, machine_refusals
 from linattn.mixers.lightning.chunked import LightningState
 
+MOST_ROWS = 60_000
+"""Of documents or batch rows: a grid's third axis ends at 65,535."""
 LARGEST_DIM = 256
 """Of keys and values: a state of 256 x 64 in fp32 is what one program's registers hold."""
 
@@ -27,6 +29,9 @@ def refuses(call: Call) -> list[str]:
         dim = call.shapes[name][-1]
         if dim % 8 or not 8 <= dim <= LARGEST_DIM:
             wrong.append(f"needs head dims that are multiples of 8 up to {LARGEST_DIM}, {name}'s is {dim}")
+    rows = max(call.shapes["q"][0], call.shapes.get("cu_seqlens", (0,))[0])
+    if rows > MOST_ROWS:
+        wrong.append(f"needs at most {MOST_ROWS} rows or documents, got {rows}")
     if step:
         inner = [n for n in ("q", "k", "v") if call.strides[n][-1] != 1]
         wrong += [f"needs {n} contiguous along its last axis" for n in inner]

@@ -5,12 +5,14 @@ E_T . dS_T. In chunks every weight is a whole distance times a decay of it, so n
 exactly; the telescoped sum of t (q_t dq_t - k_t dk_t) is wrong by 500% at T = 2,048 in bf16.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# It takes the triton.py beside this file for triton itself.
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from linattn.mixers.lightning.triton_sweep import _expm1
+from linattn.mixers.lightning.triton_sweep import _expm1, _operand
 
 
 @triton.jit
@@ -92,7 +94,6 @@ def _decay_gradient(
     v_index = v0 + tl.arange(0, BV)
     inside = (v_index[:, None] < V) & (k_index[None, :] < K)
     dtype = q.dtype.element_ty
-    state_dtype = tl.bfloat16 if dtype == tl.float16 else dtype
     state = tl.zeros([BV, BK], tl.float32)
     if INITIAL:
         at = document * in_n + (h // STATE_GROUP).to(tl.int64) * in_h
@@ -111,8 +112,10 @@ def _decay_gradient(
         # [C of k, C of q]
         total += tl.sum(tl.dot(ks, tl.trans(qs)) * tl.dot(vs, tl.trans(dos)) * within, 0)
         since = tl.exp2(log2_decay * (i + 1))
-        steepness = tl.dot(slope.to(state_dtype), tl.trans(qs.to(state_dtype))) * since[None, :]
-        steepness += tl.dot(state.to(state_dtype), tl.trans(qs.to(state_dtype))) * (since * (i + 1))[None, :]
+        operand, unit = _operand(slope, dtype)
+        steepness = tl.dot(operand, tl.trans(qs)) * (since * unit)[None, :]
+        operand, unit = _operand(state, dtype)
+        steepness += tl.dot(operand, tl.trans(qs)) * (since * (i + 1) * unit)[None, :]
         total += tl.sum(steepness * tl.trans(dos).to(tl.float32), 0)
         to_end = tl.maximum(m - 1 - i, 0)
         weight = tl.exp2(log2_decay * to_end)

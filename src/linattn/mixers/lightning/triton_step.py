@@ -1,5 +1,7 @@
 """One token a row in Triton: the state of a slot is read, decayed, added to, read out and written back, once."""
 
+# pyright: reportAttributeAccessIssue=false
+# It takes the triton.py beside this file for triton itself.
 from __future__ import annotations
 
 import triton
@@ -41,8 +43,6 @@ def _step(
     V_GROUP: tl.constexpr,
     READERS: tl.constexpr,
     READERS_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
 ):
     """Grid (value blocks, state heads, rows). READERS output heads read one state; out [rows, heads * READERS, V]."""
     block = tl.program_id(0)
@@ -58,18 +58,16 @@ def _step(
     value = tl.load(v + row * v_n + (h // V_GROUP) * v_h + j, mask=j < V, other=0.0).to(tl.float32)
     reader = tl.arange(0, READERS_BLOCK)
     reads = (reader < READERS)[:, None]
-    queries = q + row * q_n + ((h * READERS + reader) // Q_GROUP)[:, None] * q_h
-    y = tl.zeros([READERS_BLOCK, BV], tl.float32)
-    for start in tl.range(0, BK, ROWS, num_stages=NUM_STAGES):
-        i = start + tl.arange(0, ROWS)
-        inside = (i[:, None] < K) & (j[None, :] < V) & alive
-        at = place + i[:, None] * pool_k + j[None, :]
-        state = tl.load(at, mask=inside, other=0.0)
-        key = tl.load(k + row * k_n + (h // K_GROUP) * k_h + i, mask=i < K, other=0.0).to(tl.float32)
-        state += less * state + key[:, None] * value[None, :]
-        tl.store(at, state, mask=inside)
-        query = tl.load(queries + i[None, :], mask=reads & (i[None, :] < K), other=0.0).to(tl.float32)
-        y += tl.sum(query[:, :, None] * state[None, :, :], 1)
+    i = tl.arange(0, BK)
+    inside = (i[:, None] < K) & (j[None, :] < V) & alive
+    at = place + i[:, None] * pool_k + j[None, :]
+    state = tl.load(at, mask=inside, other=0.0)
+    key = tl.load(k + row * k_n + (h // K_GROUP) * k_h + i, mask=i < K, other=0.0).to(tl.float32)
+    state += less * state + key[:, None] * value[None, :]
+    tl.store(at, state, mask=inside)
+    queries = q + row * q_n + ((h * READERS + reader) // Q_GROUP)[:, None] * q_h + i[None, :]
+    query = tl.load(queries, mask=reads & (i[None, :] < K), other=0.0).to(tl.float32)
+    y = tl.sum(query[:, :, None] * state[None, :, :], 1)
     y = tl.where(alive, y * scale, 0.0)
     outs = out + ((row * heads + h) * READERS + reader)[:, None] * V + j[None, :]
     tl.store(outs, y.to(out.dtype.element_ty), mask=reads & (j[None, :] < V))

@@ -8,6 +8,8 @@ A document may be cut in segments, each a program of its own, given the state be
 makes what each segment adds, `_scan_segments` the running states.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# It takes the triton.py beside this file for triton itself.
 from __future__ import annotations
 
 import triton
@@ -21,6 +23,20 @@ def _expm1(x):
     for n in tl.static_range(6):
         series = 1 + x / (7 - n) * series
     return tl.where(x > -0.5, x * series, tl.exp2(x * 1.4426950408889634) - 1)
+
+
+@triton.jit
+def _operand(state, dtype: tl.constexpr):
+    """A state as an operand of a product, and the power of two to multiply that product by.
+
+    float16 ends at 65504, which sums over a long text pass; bfloat16 would lose three bits of what float16 can say.
+    """
+    if dtype == tl.float16:
+        largest = tl.max(tl.max(tl.abs(state), 1), 0)
+        exponent = tl.maximum(tl.ceil(tl.log2(tl.maximum(largest, 1.0))) - 14, 0)
+        return (state * tl.exp2(-exponent)).to(dtype), tl.exp2(exponent)
+    else:  # noqa: RET505  what follows a constexpr branch would be compiled for both
+        return state.to(dtype), 1.0
 
 
 @triton.jit
@@ -180,8 +196,6 @@ def _sweep(
     v_index = v0 + tl.arange(0, BV)
     inside = (v_index[:, None] < V) & (k_index[None, :] < K)
     dtype = c.dtype.element_ty
-    # float16 ends at 65504, which sums over a long text pass: there the state is an operand in bfloat16.
-    state_dtype = tl.bfloat16 if dtype == tl.float16 else dtype
     if INITIAL:
         at = segment * in_n + (h // STATE_GROUP).to(tl.int64) * in_h
         state = tl.load(state_in + at + v_index[:, None] * in_v + k_index[None, :] * in_k, mask=inside, other=0.0)
@@ -204,11 +218,8 @@ def _sweep(
             q = a_rows.load([t, 0])
             p = tl.dot(bs, tl.trans(q)) * within
             since = to_end if REVERSE else i + 1
-            if dtype == tl.float16:
-                y = tl.dot(state.to(state_dtype), tl.trans(q.to(state_dtype)))
-            else:
-                y = tl.dot(state.to(state_dtype), tl.trans(q))
-            y = y * (tl.exp2(log2_decay * since) * read_scale)[None, :]
+            operand, unit = _operand(state, dtype)
+            y = tl.dot(operand, tl.trans(q)) * (tl.exp2(log2_decay * since) * (read_scale * unit))[None, :]
             y = tl.dot(tl.trans(cs), p.to(dtype), y)
             out_rows.store([t, v0], tl.trans(y).to(out.dtype.element_ty))
         ahead = i + 1 if REVERSE else to_end
