@@ -19,6 +19,7 @@ from linattn.nn import (
     SGLU,
     Embedding,
     Head,
+    Linear,
     RMSNorm,
     Rotary,
     SimpleRMSNorm,
@@ -603,3 +604,19 @@ def test_built_on_meta_it_is_the_module_built_here(name):
             part.reset_parameters()
     torch.manual_seed(0)
     assert torch.equal(flat(module(*args)), flat(make()(*args)))
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (1, 3), (1, 1, 1), (4,), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_torchs_for_any_number_of_rows(rows, bias):
+    """One to three rows of a large fp32 weight go another way on a CPU."""
+    torch.manual_seed(0)
+    ours, theirs = Linear(1024, 1030, bias=bias), torch.nn.Linear(1024, 1030, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(*rows, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        half = ours.bfloat16()(x.bfloat16())
+        torch.testing.assert_close(half, theirs.bfloat16()(x.bfloat16()))
+    x = x.double().requires_grad_()
+    assert ours.double()(x).grad_fn is not None

@@ -1,6 +1,7 @@
 """Plain modules: norms, rotary positions, gated MLPs, embedding and head, cross-entropy. No state."""
 
 from linattn.nn.embedding import Embedding, Head, cut_logits, padded_vocab
+from linattn.nn.linear import Linear, linear
 from linattn.nn.loss import cross_entropy
 from linattn.nn.mlp import SGLU, SwiGLU
 from linattn.nn.norm import RMSNorm, SimpleRMSNorm, make_norm, rms_norm
@@ -11,6 +12,7 @@ __all__ = [
     "SGLU",
     "Embedding",
     "Head",
+    "Linear",
     "RMSNorm",
     "Rotary",
     "SimpleRMSNorm",
@@ -18,6 +20,7 @@ __all__ = [
     "apply_rotary",
     "cross_entropy",
     "cut_logits",
+    "linear",
     "make_norm",
     "padded_vocab",
     "rms_norm",

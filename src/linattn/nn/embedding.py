@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linattn.nn.linear import linear
+
 INIT_STD = 0.02
 """Standard deviation of the first weights, in the published configurations of Based and of TransNormerLLM."""
 
@@ -130,7 +132,7 @@ class Head(nn.Module):
         weight = tied_weight if self.weight is None else self.weight
         if weight is None:
             raise ValueError("this head is tied: pass the embedding's weight as tied_weight")
-        return cut_logits(F.linear(hidden, weight), self.vocab_size)
+        return cut_logits(linear(hidden, weight), self.vocab_size)
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""

@@ -10,6 +10,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linattn.nn.linear import Linear
+
 
 class SwiGLU(nn.Module):
     """``fc2(silu(gate) * value)``, where fc1 gives value and gate as its two halves; x [..., D] to [..., D].
@@ -32,8 +34,8 @@ class SwiGLU(nn.Module):
         if order not in ("value_gate", "gate_value"):
             raise ValueError(f"order {order!r} is not one of ['value_gate', 'gate_value']")
         self.order = order
-        self.fc1 = nn.Linear(d_model, 2 * d_hidden, bias=bias)
-        self.fc2 = nn.Linear(d_hidden, d_model, bias=bias)
+        self.fc1 = Linear(d_model, 2 * d_hidden, bias=bias)
+        self.fc2 = Linear(d_hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., D] to [..., D]."""
@@ -55,9 +57,9 @@ class SGLU(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
-        self.l1 = nn.Linear(d_model, d_hidden, bias=False)
-        self.l2 = nn.Linear(d_model, d_hidden, bias=False)
-        self.l3 = nn.Linear(d_hidden, d_model, bias=False)
+        self.l1 = Linear(d_model, d_hidden, bias=False)
+        self.l2 = Linear(d_model, d_hidden, bias=False)
+        self.l3 = Linear(d_hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., D] to [..., D]."""

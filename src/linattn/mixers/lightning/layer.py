@@ -22,7 +22,7 @@ from linattn.mixers.lightning import (
     paper_log_decay,
     tnl_log_decay,
 )
-from linattn.nn import LRPE, SimpleRMSNorm
+from linattn.nn import LRPE, Linear, SimpleRMSNorm
 
 LOG_DECAYS = {"tnl": tnl_log_decay, "paper": paper_log_decay, "minimax": minimax_log_decay}
 
@@ -71,15 +71,15 @@ class LightningLayer(nn.Module):
         self.config, self.layer, self.n_layers = config, layer, n_layers
         hidden = config.n_heads * config.head_dim
         if config.form == "tnl":
-            self.qkvu_proj = nn.Linear(d_model, 4 * hidden, bias=False)
+            self.qkvu_proj = Linear(d_model, 4 * hidden, bias=False)
         else:
-            self.qkv_proj = nn.Linear(d_model, 3 * hidden, bias=False)
+            self.qkv_proj = Linear(d_model, 3 * hidden, bias=False)
             self.output_gate = nn.Sequential(
-                nn.Linear(d_model, config.gate_dim, bias=False), nn.Linear(config.gate_dim, hidden, bias=False)
+                Linear(d_model, config.gate_dim, bias=False), Linear(config.gate_dim, hidden, bias=False)
             )
         self.lrpe = LRPE(config.n_heads, config.head_dim) if config.lrpe else None
         self.norm = SimpleRMSNorm(hidden)
-        self.out_proj = nn.Linear(hidden, d_model, bias=False)
+        self.out_proj = Linear(hidden, d_model, bias=False)
         if config.learn_decay:
             self.log_slope = nn.Parameter(torch.empty(config.n_heads))
             self.reset_parameters()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from linattn.core.shapes import Segment
 from linattn.mixers.prefix import MIXER
 from linattn.mixers.taylor import TaylorState
 from linattn.mixers.taylor.layer import TaylorConfig, TaylorLayer
+from linattn.nn import Linear
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class PrefixLayer(TaylorLayer):
     def __init__(self, config: PrefixConfig, d_model: int):
         super().__init__(config, d_model)
         self.prefix_length = config.prefix_length
-        self.proj_k_enc = nn.Linear(d_model, config.n_heads * config.feature_dim, bias=False)
-        self.proj_v_enc = nn.Linear(d_model, d_model, bias=False)
+        self.proj_k_enc = Linear(d_model, config.n_heads * config.feature_dim, bias=False)
+        self.proj_v_enc = Linear(d_model, d_model, bias=False)
 
     def forward(
         self, x: Tensor, state: TaylorState | None, segment: Segment, return_state: bool = True

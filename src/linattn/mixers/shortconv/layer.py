@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from linattn.core.shapes import Segment
 from linattn.mixers.shortconv import MIXER, ShortConvState, chunked, short_conv, short_conv_step_
+from linattn.nn import Linear
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class ShortConvLayer(nn.Module):
             raise ValueError(f"kernel counts taps, the current token's included: at least 1, got {config.kernel}")
         self.config = config
         channels = config.expand // 2 * d_model
-        self.in_proj = nn.Linear(d_model, 2 * channels)
+        self.in_proj = Linear(d_model, 2 * channels)
         self.conv = ShortConv(channels, config.kernel)
-        self.out_proj = nn.Linear(channels, d_model)
+        self.out_proj = Linear(channels, d_model)
 
     def inputs(self, x: Tensor) -> dict[str, Any]:
         """The op's arguments, x and gate [..., channels], of x [..., d_model]."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from linattn.core.shapes import Segment
 from linattn.mixers.softmax import MIXER, SoftmaxState, chunked, softmax_attention, softmax_step_
-from linattn.nn import Rotary
+from linattn.nn import Linear, Rotary
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class SoftmaxLayer(nn.Module):
             raise ValueError(f"d_model {d_model} is not a multiple of n_heads {config.n_heads}; give head_dim")
         self.head_dim = d_model // config.n_heads if config.head_dim is None else config.head_dim
         width = self.n_heads * self.head_dim
-        self.Wqkv = nn.Linear(d_model, width + 2 * self.n_kv_heads * self.head_dim, bias=config.bias)
-        self.out_proj = nn.Linear(width, d_model, bias=config.bias)
+        self.Wqkv = Linear(d_model, width + 2 * self.n_kv_heads * self.head_dim, bias=config.bias)
+        self.out_proj = Linear(width, d_model, bias=config.bias)
         self.rotary = None
         if config.rotary_fraction:
             self.rotary = Rotary(self.head_dim, config.rotary_base, config.rotary_fraction)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from linattn.core.shapes import Segment
 from linattn.mixers.taylor import MIXER, TaylorState, chunked, taylor_attention, taylor_step_
+from linattn.nn import Linear
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class TaylorLayer(nn.Module):
             raise ValueError(f"d_model {d_model} is not a multiple of n_heads {config.n_heads}")
         self.config = config
         width = config.n_heads * config.feature_dim
-        self.proj_q = nn.Linear(d_model, width, bias=False)
-        self.proj_k = nn.Linear(d_model, width, bias=False)
-        self.proj_v = nn.Linear(d_model, d_model, bias=False)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.proj_q = Linear(d_model, width, bias=False)
+        self.proj_k = Linear(d_model, width, bias=False)
+        self.proj_v = Linear(d_model, d_model, bias=False)
+        self.out_proj = Linear(d_model, d_model, bias=False)
 
     def heads(self, x: Tensor) -> dict[str, Any]:
         """q, k [..., H, F] and v [..., H, V] of x [..., d_model]."""

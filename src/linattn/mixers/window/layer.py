@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from linattn.core.shapes import Segment
 from linattn.mixers.window import MIXER, WindowState, chunked, window_attention, window_step_
-from linattn.nn import Rotary
+from linattn.nn import Linear, Rotary
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class WindowLayer(nn.Module):
         self.head_dim = config.head_dim or d_model // config.n_heads
         width = config.n_heads * self.head_dim
         self.rotary = Rotary(self.head_dim, config.rotary_base, config.rotary_fraction)
-        self.Wqkv = nn.Linear(d_model, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, d_model, bias=False)
+        self.Wqkv = Linear(d_model, 3 * width, bias=False)
+        self.out_proj = Linear(width, d_model, bias=False)
 
     def heads(self, x: Tensor, positions: Tensor) -> dict[str, Any]:
         """q, k, v [..., H, D] of x [..., d_model], q and k rotated by positions [...]."""
