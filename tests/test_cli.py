@@ -1,14 +1,22 @@
 """The command, verb by verb, on a run small enough to train here; and one clear sentence for each wrong request."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from linattn.cli.main import VERBS, main
+from linattn.cli.read import PIECE_IDS, TextStream
+from linattn.data import ByteTokenizer
+from linattn.data.meta import TokenizerMeta
+from linattn.models import JRTConfig, build_model
+from linattn.train.weights import ModelCard, write_model
 
 RECIPE = """
 from linattn.models import BasedConfig
@@ -80,7 +88,35 @@ def test_eval_of_shards_and_of_a_text(trained, capsys):
         assert code == 0
         found = json.loads(out)
         assert 0 < found["bits_per_byte"] < 8
-    assert json.loads(text[1])["bytes"] == len(TEXT)
+    assert json.loads(text[1])["bytes"] == len(TEXT) - 1  # the first byte has nothing before it
+
+
+def test_eval_of_a_prefix_model_counts_only_what_it_scores(tmp_path, capsys):
+    """The prefix sees itself and is not scored, so its bytes are no part of the divisor."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layers": 3, "n_heads": 2, "feature_dim": 4, "window": 8, "d_hidden": 48}
+    config = JRTConfig(**sizes, linear_layers=(1,), window_layers=(2,), vocab_size=257, prefix_length=32)
+    tokenizer, model = ByteTokenizer(), build_model(config)
+    made = TokenizerMeta("bytes", tokenizer.name, tokenizer.hash, tokenizer.vocab_size, tokenizer.eos, None)
+    write_model(model, ModelCard(config, made), tmp_path, tokenizer)
+    (tmp_path / "text.txt").write_text(TEXT[:120])
+    code, out, _ = call(capsys, "eval", tmp_path, "--text", tmp_path / "text.txt", "--json")
+    ids = torch.tensor([tokenizer.encode(TEXT[:120])])
+    with torch.no_grad():
+        logits = model(ids, prefix_lengths=torch.tensor([32])).logits[0, 31:-1]
+    want = torch.nn.functional.cross_entropy(logits, ids[0, 32:]).item() / math.log(2)
+    found = json.loads(out)
+    assert code == 0 and found["tokens"] == found["bytes"] == 88
+    assert abs(found["bits_per_byte"] - want) < 1e-4
+
+
+def test_a_stopped_reader_keeps_what_it_read(trained):
+    tokenizer, left = ByteTokenizer(), iter([False, False, True])
+    (trained / "long.txt").write_text(TEXT * 3)
+    stream = TextStream(str(trained / "long.txt"), tokenizer, stopped=lambda: next(left))
+    pieces = list(stream)
+    assert sum(len(p) for p in pieces) == 2 * PIECE_IDS
+    assert bytes(np.concatenate(pieces).tolist()).decode() == (TEXT * 3)[: 2 * PIECE_IDS]
 
 
 def test_a_text_read_is_a_text_remembered(trained, capsys):
@@ -123,9 +159,13 @@ def test_info_and_doctor(trained, capsys):
         (["eval", "RUN"], 2, "give one of --data FOLDER and --text FILE"),
         (["eval", "RUN", "--text", "EMPTY"], 2, "holds no text"),
         (["eval", "RUN", "--text", "LATIN"], 2, "not UTF-8 at byte 3"),
-        (["eval", "RUN", "--text", "bundled:hamlet"], 2, "no bundled text 'hamlet'"),
-        (["eval", "nowhere", "--text", "EMPTY"], 2, "holds no text"),
-        (["read", "RUN", "nowhere.txt", "-o", "x"], 2, "no such file or folder: nowhere.txt"),
+        (["eval", "RUN", "--text", "bundled:hamlet"], 2, "no such bundled text"),
+        (["eval", "nowhere", "--text", "TEXT"], 2, "nowhere"),
+        (["read", "RUN", "nowhere.txt", "-o", "x"], 2, "nowhere.txt: no such file"),
+        (["eval", "RUN", "--text", "TEXT", "--length", "0"], 2, "--length 0 must be at least 1"),
+        (["train", "RECIPE", "--model.n-heads", "0"], 2, "BasedConfig.n_heads is 0"),
+        (["train", "RECIPE", "--model.d-model", "-8"], 2, "BasedConfig.d_model is -8"),
+        (["info", "--tokens", "-5"], 2, "--tokens -5"),
         (["generate", "RUN"], 2, "give a prompt"),
         (["generate", "RUN", "x", "--temperature", "-1"], 2, "temperature"),
         (["generate", "nowhere", "x"], 2, "nowhere"),
@@ -137,7 +177,9 @@ def test_wrong_requests(trained, capsys, tmp_path, argv, code, message):
     files = {"EMPTY": b"", "LATIN": b"caf\xe9 au lait"}
     for name, content in files.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
-    known = {"RUN": trained / "run", "RECIPE": trained / "recipe.py"} | {n: tmp_path / f"{n}.txt" for n in files}
+    known = {"RUN": trained / "run", "RECIPE": trained / "recipe.py", "TEXT": trained / "text.txt"} | {
+        n: tmp_path / f"{n}.txt" for n in files
+    }
     try:
         got, _, err = call(capsys, *(known.get(a, a) for a in argv))
     except SystemExit as left:  # tyro's own parser leaves by itself

@@ -269,6 +269,9 @@ def test_compiles_as_one_graph():
         ({"mask": torch.ones(1, 3, dtype=torch.bool)}, r"mask must be \[1, 2\]"),
         ({"prefix_lengths": torch.tensor([1])}, "this model has no prefix layers"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "must run from 0 to the 2 tokens given"),
+        ({"tokens": torch.tensor([1, 2])}, r"int64 of shape \[B, T\], got torch.int64 \[2\]"),
+        ({"tokens": torch.tensor([[1.0]])}, "int64 of shape"),
+        ({"logits": "bogus"}, "'all', 'last' or 'none', got 'bogus'"),
     ],
 )
 def test_wrong_calls(options, message):
@@ -277,12 +280,31 @@ def test_wrong_calls(options, message):
         model(**{"tokens": torch.tensor([[1, 2]]), **options})
 
 
+def test_wrong_states():
+    model, other = build_model(tiny("based")), build_model(tiny("transformer"))
+    two = model(draw(2, 3), return_state=True).state
+    with pytest.raises(ValueError, match=r"must have 1 rows, one a document, got \[2\]"):
+        model(draw(1, 3), state=two)
+    with pytest.raises(ValueError, match="it has 3 layers, not 4"):
+        model(draw(2, 3), state=other(draw(2, 3), return_state=True).state)
+    with pytest.raises(ValueError, match=r"prefix_lengths must lie in 0 to 12, got \[13\]"):
+        build_model(tiny("jrt"))(draw(1, 20), prefix_lengths=torch.tensor([13]))
+
+
+def test_a_row_of_pads_has_no_last_token(model):
+    mask = torch.tensor([[True, True], [False, False]])
+    last = model(draw(2, 2), mask=mask, logits="last").logits
+    assert torch.isfinite(last[0]).all() and torch.isnan(last[1]).all()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"linear_layers": (1, 9)}, "linear_layers names layer 9, but the model has layers 0 to 3"),
         ({"window_layers": (1,)}, "layer 1 stands in linear_layers and again in window_layers"),
         ({"n_heads": 3}, "not a multiple of n_heads 3"),
+        ({"n_heads": 0}, "BasedConfig.n_heads is 0; it must be at least 1"),
+        ({"feature_dim": 0}, "BasedConfig.feature_dim is 0"),
     ],
 )
 def test_wrong_configs(change, message):

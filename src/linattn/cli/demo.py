@@ -7,6 +7,7 @@ the model has never seen.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import linattn
 from linattn.bench.plot import MemoryRow, plot_memory
 from linattn.cli.common import load
 from linattn.cli.info import size
-from linattn.cli.read import read_with_progress
+from linattn.cli.read import TextStream, read_with_progress
 from linattn.cli.train import load_config
 from linattn.data import TokenShards, bundled_text, prepare
 from linattn.generate import SamplingConfig, generate_text
@@ -36,11 +37,9 @@ class DemoArgs:
     """Do the whole path on this machine: about five minutes on two cores."""
 
     out: Path = Path("demo-out")
-    """Folder for the data, the run, results.json and memory.png. An earlier demo's is replaced."""
+    """Folder for the data, the run, results.json and memory.png. A demo that was stopped goes on in it."""
     seconds: float = 150.0
     """How long to train."""
-    novel_tokens: int | None = None
-    """Read only this much of the novel."""
 
 
 def recipe() -> Path:
@@ -53,8 +52,11 @@ def run(argv: list[str]) -> int:
     """The demo, start to end."""
     args = tyro.cli(DemoArgs, args=argv, prog="linattn demo")
     console, begun = Console(), time.perf_counter()
-    data, runs = args.out / "data", args.out / f"run-{time.strftime('%Y%m%d-%H%M%S')}"
+    data, runs, figures = args.out / "data", args.out / "run", args.out / "results.json"
     args.out.mkdir(parents=True, exist_ok=True)
+    if figures.exists():  # an earlier demo came to its end: begin anew; one that was stopped goes on
+        shutil.rmtree(runs, ignore_errors=True)
+        figures.unlink()
 
     console.rule("1  prepare: Jane Austen's six novels, the last twentieth held out")
     meta = prepare(["bundled:austen"], data, validation_fraction=0.05, overwrite=True)
@@ -64,7 +66,7 @@ def run(argv: list[str]) -> int:
     console.rule(f"2  train for {args.seconds:.0f} seconds")
     config: TrainConfig = load_config(recipe())
     config = replace(config, data=str(data), out=str(runs), max_seconds=args.seconds)
-    found = train(config, resume="never")
+    found = train(config, resume="auto")
 
     console.rule("3  held-out text, beside what needs no training")
     results = _compare(TokenShards(data, "train"), TokenShards(data, "validation"), found)
@@ -75,8 +77,9 @@ def run(argv: list[str]) -> int:
     console.print(f"\n[bold]{PROMPT}[/bold]{text}\n", highlight=False)
 
     console.rule("4  read Moby Dick as one stream")
-    novel = bundled_text("mobydick").encode()[: args.novel_tokens]
-    reading, curve = read_with_progress(model, list(novel), chunk=2048)
+    novel = TextStream("bundled:mobydick", tokenizer)
+    novel.total = len(bundled_text("mobydick").encode())
+    reading, curve = read_with_progress(model, novel, chunk=2048)
     costs = model_costs(config.model.decoder())
     state, cache = model_state_bytes(reading.state), costs.kv_cache_bytes * reading.tokens
     speeds = (reading.start_speed, reading.end_speed)
@@ -86,7 +89,7 @@ def run(argv: list[str]) -> int:
     assert reading.nll is not None
     console.print(
         f"{reading.tokens:,} tokens, {speeds[0]:,.0f} a second at the start, {speeds[1]:,.0f} at the end; "
-        f"{bits_per_byte(reading.nll, len(novel)):.2f} bits per byte of a book it has never seen"
+        f"{bits_per_byte(reading.nll, novel.bytes):.2f} bits per byte of a book it has never seen"
     )
     console.print(
         f"state {size(state)} from the first token to the last; a key-value cache of the same model: {size(cache)} "
@@ -94,8 +97,8 @@ def run(argv: list[str]) -> int:
     )
     results |= {"state_bytes": state, "kv_cache_bytes": cache, "start_speed": speeds[0], "end_speed": speeds[1]}
     results |= {"novel_tokens": reading.tokens, "seconds": time.perf_counter() - begun}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"done in {results['seconds']:.0f} s; figures in {args.out / 'results.json'}")
+    figures.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"done in {results['seconds']:.0f} s; figures in {figures}")
     return 0
 
 

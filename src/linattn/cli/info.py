@@ -35,6 +35,8 @@ class InfoArgs:
 def run(argv: list[str]) -> int:
     """Print the sizes."""
     args = tyro.cli(InfoArgs, args=argv, prog="linattn info")
+    if args.tokens < 0:
+        raise ValueError(f"--tokens {args.tokens} must be at least 0")
     names = [args.model] if args.model else list(PUBLISHED)
     rows = {name: _row(decoder_config(name), args) for name in names}
     if args.json:

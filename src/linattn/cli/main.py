@@ -54,12 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(VERBS[verb][0]).run(args[1:]) or 0
     except ValueError as error:
         return _fail(str(error), 2)
-    except FileNotFoundError as error:
-        return _fail(f"no such file or folder: {error.filename}", 2)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        return _fail(f"{error.filename}: {error.strerror}", 2)
     except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
+    except Exception as error:
+        from linattn.train import TrainingStopped
+
+        if isinstance(error, TrainingStopped):
+            return _fail(str(error), error.exit_code)
+        raise
 
 
 def _fail(message: str, code: int) -> int:

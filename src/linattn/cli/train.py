@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import tyro
 import yaml
 
 from linattn.core.config import from_data
-from linattn.train import TrainConfig, TrainingStopped, train
+from linattn.train import TrainConfig, train
 
 USAGE = """usage: linattn train RECIPE.py [--steps N] [--model.d-model N] [...]
        linattn train --config run.yaml [...]
@@ -24,7 +23,7 @@ writes beside its checkpoints. Every field can be changed after it; RECIPE.py --
 
 
 def run(argv: list[str]) -> int:
-    """Train; exit code 1 when the run ended early with its work saved."""
+    """Train; a run that ended early, its work saved, raises TrainingStopped."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -47,11 +46,7 @@ def run(argv: list[str]) -> int:
     if printed:
         print(yaml.safe_dump(_plain(config), sort_keys=False), end="")
         return 0
-    try:
-        train(config, resume=resume)
-    except TrainingStopped as stopped:
-        print(f"linattn: {stopped}", file=sys.stderr)
-        return stopped.exit_code
+    train(config, resume=resume)
     return 0
 
 

@@ -45,6 +45,19 @@ def from_data(kind: type[C], data: Any, where: str = "config") -> C:
     return _build(kind, data, where)
 
 
+def require_positive(config: Any, *may_be_zero: str) -> None:
+    """Refuse a size below 1: every field that is an int, and not None or a bool; below 0 for those named.
+
+    Raises:
+        ValueError: with the field and its value.
+    """
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        least = 0 if f.name in may_be_zero else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise ValueError(f"{type(config).__name__}.{f.name} is {value}; it must be at least {least}")
+
+
 def config_hash(config: Any) -> str:
     """The first 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
     text = json.dumps(to_data(config), sort_keys=True, separators=(",", ":"))

@@ -115,6 +115,7 @@ def save_snapshot(
         "version": str(VERSION),
         "model": model_hash(model),
         "weights": weights_hash(model),
+        "dtype": str(next(model.parameters()).dtype),
         "tokenizer": tokenizer_hash or "",
         "tokens": json.dumps(state.tokens.tolist()),
         "metadata": json.dumps(metadata),
@@ -156,6 +157,12 @@ def load_snapshot(path: str | Path, model: Decoder, tokenizer_hash: str | None =
             "read the text again, or use the version that wrote it"
         )
     again = "use the one that wrote it, or read the text again"
+    dtype = str(next(model.parameters()).dtype)
+    if header.get("dtype", dtype) != dtype:
+        raise ValueError(
+            f"{path}: read with weights of {header['dtype']}, and the model given here has {dtype}; load it in the "
+            "same dtype, or read the text again"
+        )
     _same(path, "model", header.get("model"), model_hash(model), f"another architecture; {again}")
     _same(path, "weights", header.get("weights"), weights_hash(model), f"the same model with other weights; {again}")
     stored = header.get("tokenizer") or None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from linattn.core.config import require_positive
 from linattn.mixers.shortconv.layer import ShortConvConfig
 from linattn.mixers.taylor.layer import TaylorConfig
 from linattn.mixers.window.layer import WindowConfig
@@ -41,6 +42,9 @@ class BasedConfig:
     """Whether Taylor attention divides by the sum of weights."""
     vocab_size: int = 50257
     """Token ids; the table is padded to a multiple of 8."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def linear(self) -> TaylorConfig:
         """The linear attention layer."""

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from linattn.core.config import require_positive
 from linattn.core.mixer import map_state, state_bytes
-from linattn.core.shapes import Segment, check_cu_seqlens, document_of_token
+from linattn.core.shapes import (
+    Segment,
+    check_cu_seqlens,
+    document_count,
+    document_of_token,
+    values_are_checked,
+)
 from linattn.mixers.lightning.layer import LightningConfig
 from linattn.mixers.prefix.layer import PrefixConfig
 from linattn.mixers.shortconv.layer import ShortConvConfig
@@ -47,6 +54,11 @@ class DecoderConfig:
     """out_proj and fc2 begin at init_std / sqrt(2 n_layers), as published for Based."""
     prefix_length: int = 0
     """The longest prefix of a prefix model; 0 for all others."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "prefix_length")
+        if not self.mixers:
+            raise ValueError("DecoderConfig.mixers is empty; a model has at least one layer")
 
 
 class ModelState(NamedTuple):
@@ -201,13 +213,18 @@ class Decoder(nn.Module):
             mask: bool [B, T], False on pads, wherever they are; padding is exact. The outputs of pads mean nothing.
             cu_seqlens: int32 [N+1], documents packed in one row (B = 1). Not together with mask.
             prefix_lengths: int64 [B] or [N], for prefix models, on the first call of a document only.
-            logits: "all" [B, T, vocab]; "last" [N, vocab], each document's last token's; "none".
+            logits: "all" [B, T, vocab]; "last" [N, vocab], each document's last token's (NaN where
+                a document has none); "none".
             return_state: whether to return the state after these tokens (N = B rows, or N documents).
             scan: distributed/sequence.py's scan over ranks.
 
         Raises:
             ValueError: arguments that do not fit one another; a token outside the vocabulary (checked on the CPU).
         """
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be int64 of shape [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits must be 'all', 'last' or 'none', got {logits!r}")
         B, T = tokens.shape
         if T == 0 or B == 0:
             raise ValueError(f"tokens must hold at least one token, got shape {list(tokens.shape)}")
@@ -217,6 +234,7 @@ class Decoder(nn.Module):
             check_cu_seqlens(cu_seqlens, B, T)
         if prefix_lengths is not None and not self.config.prefix_length:
             raise ValueError("prefix_lengths given, but this model has no prefix layers")
+        self._check_rows(document_count(B, cu_seqlens), state, prefix_lengths)
         packing = None
         if mask is not None:
             if mask.shape != tokens.shape:
@@ -239,6 +257,22 @@ class Decoder(nn.Module):
         last = self._some_logits(hidden, cu_seqlens, "last")[:-1] if logits == "last" else None
         hidden = hidden[0, packing.place].unflatten(0, (B, T))
         return Output(hidden, self._some_logits(hidden, None, logits) if last is None else last, _without_pads(after))
+
+    def _check_rows(self, rows: int, state: ModelState | None, prefix_lengths: Tensor | None) -> None:
+        if state is not None and len(state.layers) != len(self.blocks):
+            raise ValueError(f"the state of another model: it has {len(state.layers)} layers, not {len(self.blocks)}")
+        if state is not None and state.tokens.shape != (rows,):
+            raise ValueError(f"the state must have {rows} rows, one a document, got {list(state.tokens.shape)}")
+        if prefix_lengths is None:
+            return
+        if prefix_lengths.shape != (rows,) or prefix_lengths.is_floating_point():
+            raise ValueError(
+                f"prefix_lengths must be int64 [{rows}], one a document, got {prefix_lengths.dtype} "
+                f"{list(prefix_lengths.shape)}"
+            )
+        longest = self.config.prefix_length
+        if values_are_checked(prefix_lengths) and ((prefix_lengths < 0) | (prefix_lengths > longest)).any():
+            raise ValueError(f"prefix_lengths must lie in 0 to {longest}, got {prefix_lengths.tolist()}")
 
     def _run(
         self, tokens: Tensor, state: ModelState | None, segment: Segment, return_state: bool
@@ -280,7 +314,9 @@ class Decoder(nn.Module):
             return self.logits(hidden)
         if cu_seqlens is None:
             return self.logits(hidden[:, -1])
-        return self.logits(hidden[0, (cu_seqlens[1:].long() - 1).clamp(min=0)])
+        # A document without tokens has no last one: NaN, where a neighbour's logits would look like an answer.
+        last = self.logits(hidden[0, (cu_seqlens[1:].long() - 1).clamp(min=0)])
+        return last.masked_fill((cu_seqlens.diff() == 0)[:, None], float("nan"))
 
     def identity(self, documents: int) -> ModelState:
         """The state that has read nothing, for this model's device and dtype."""

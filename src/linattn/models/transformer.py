@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from linattn.core.config import require_positive
 from linattn.mixers.softmax.layer import SoftmaxConfig
 from linattn.models.decoder import DecoderConfig
 
@@ -26,6 +27,9 @@ class TransformerConfig:
     """Width of the SwiGLU."""
     vocab_size: int = 50257
     """Token ids; the table is padded to a multiple of 16."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def decoder(self) -> DecoderConfig:
         """The skeleton's configuration."""

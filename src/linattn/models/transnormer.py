@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from linattn.core.config import require_positive
 from linattn.mixers.lightning.layer import LightningConfig
 from linattn.models.decoder import DecoderConfig
 
@@ -35,6 +36,9 @@ class TransNormerConfig:
     """Which formula gives the decays; all published weights are tnl."""
     scale_embedding: bool = True
     """Whether embeddings are multiplied by sqrt(d_model); the TNL2 checkpoints are not."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def decoder(self) -> DecoderConfig:
         """The skeleton's configuration."""

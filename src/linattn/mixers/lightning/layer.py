@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linattn.core.config import require_positive
 from linattn.core.numerics import sum_dtype
 from linattn.core.shapes import Segment
 from linattn.mixers.lightning import (
@@ -45,6 +46,9 @@ class LightningConfig:
     """Which formula of mixers/lightning/slopes.py gives the decays; published TransNormerLLM weights need "tnl"."""
     learn_decay: bool = False
     """Train the decays, from those first values. No published model does."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def build(self, d_model: int, layer: int, n_layers: int) -> LightningLayer:
         """The layer; its depth decides how slowly it forgets."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linattn.core.config import require_positive
 from linattn.core.shapes import Segment
 from linattn.mixers.shortconv import MIXER, ShortConvState, chunked, short_conv, short_conv_step_
 from linattn.nn import Linear
@@ -21,6 +22,9 @@ class ShortConvConfig:
     """in_proj is d_model -> expand * d_model; the convolution has half as many channels. Even."""
     kernel: int = 3
     """Taps of each channel's filter, the current token's included."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def build(self, d_model: int, layer: int, n_layers: int) -> ShortConvLayer:
         """The layer; its place in the model does not matter."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linattn.core.config import require_positive
 from linattn.core.shapes import Segment
 from linattn.mixers.softmax import MIXER, SoftmaxState, chunked, softmax_attention, softmax_step_
 from linattn.nn import Linear, Rotary
@@ -29,6 +30,9 @@ class SoftmaxConfig:
     """Base of the rotary frequencies."""
     bias: bool = False
     """Whether the two projections have one."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def build(self, d_model: int, layer: int, n_layers: int) -> SoftmaxLayer:
         """The layer; its place in the model does not matter."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linattn.core.config import require_positive
 from linattn.core.shapes import Segment
 from linattn.mixers.taylor import MIXER, TaylorState, chunked, taylor_attention, taylor_step_
 from linattn.nn import Linear
@@ -23,6 +24,9 @@ class TaylorConfig:
     """Dim of q and k a head, before the Taylor map: 8, 16, 24 and 32 keep 45, 153, 325 and 561 features."""
     normalize: bool = True
     """Divide by the sum of weights."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def build(self, d_model: int, layer: int, n_layers: int) -> TaylorLayer:
         """The layer; its place in the model does not matter."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linattn.core.config import require_positive
 from linattn.core.shapes import Segment
 from linattn.mixers.window import MIXER, WindowState, chunked, window_attention, window_step_
 from linattn.nn import Linear, Rotary
@@ -28,6 +29,9 @@ class WindowConfig:
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
     """Part of each head that is rotated."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
 
     def build(self, d_model: int, layer: int, n_layers: int) -> WindowLayer:
         """The layer; its place in the model does not matter."""
