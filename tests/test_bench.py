@@ -398,17 +398,18 @@ def test_an_op_is_measured(op, tmp_path):
     assert rivals == quadratic | attention
     assert [r.impl for r in read_records(results_path(op, "cpu", tmp_path))] == [r.impl for r in records]
     assert "x floor" in text_of(console)
-    if op != "shortconv":
-        assert "without sdpa-flash, sdpa-cudnn, sdpa-efficient" in text_of(console)
+    unavailable = "without sdpa-flash, sdpa-cudnn, sdpa-efficient" in text_of(console)
+    assert unavailable == (op != "shortconv")
 
 
 def test_backward_of_a_peer_reaches_all_its_inputs():
     inputs = draw_inputs("taylor", parse_case("taylor", TINY["taylor"]), torch.float32, "cpu")
-    for peer in peers_of("taylor"):
-        ready = peer.build("taylor", inputs, True)
-        if isinstance(ready, Ready):
-            grads = torch.autograd.grad(ready.run().sum(), ready.leaves)
-            assert len(grads) == 3 and all(torch.isfinite(g).all() for g in grads)
+    built = [peer.build("taylor", inputs, True) for peer in peers_of("taylor")]
+    ready = [peer for peer in built if isinstance(peer, Ready)]
+    assert len(ready) >= 2  # the quadratic form and torch's attention run everywhere
+    for peer in ready:
+        grads = torch.autograd.grad(peer.run().sum(), peer.leaves)
+        assert len(grads) == 3 and all(torch.isfinite(g).all() for g in grads)
 
 
 def test_a_peer_that_is_not_here_says_why():

@@ -109,3 +109,16 @@ def test_the_table_is_the_documents(request):
         if part == "cli":  # "everything above but nn, distributed"
             want = {"nn", "distributed"}
         assert want <= words, (part, want - words)
+
+
+def test_no_assertion_stands_under_an_if():
+    """An `if` in a test can turn its assertions off; nothing would show."""
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        hidden = [
+            inner.lineno
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.If)
+            for inner in ast.walk(node)
+            if isinstance(inner, ast.Assert)
+        ]
+        assert hidden == [], path

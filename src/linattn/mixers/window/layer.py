@@ -45,8 +45,6 @@ class WindowLayer(nn.Module):
 
     def __init__(self, config: WindowConfig, d_model: int):
         super().__init__()
-        if config.window < 1:
-            raise ValueError(f"window counts keys, self included: at least 1, got {config.window}")
         if config.head_dim is None and d_model % config.n_heads:
             raise ValueError(f"d_model {d_model} is not a multiple of n_heads {config.n_heads}: give head_dim")
         self.config = config
