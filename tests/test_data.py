@@ -33,6 +33,7 @@ from linattn.data.permute import permute
 from linattn.data.writer import ShardWriter
 
 EOS = 256
+prepare_module = import_module("linattn.data.prepare")  # whose name in linattn.data is the function's
 
 
 def some_documents(count=40, seed=0):
@@ -498,16 +499,39 @@ def test_a_stopped_run_leaves_nothing_and_spares_the_old(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(ShardWriter, "_put", fail)
     for folder, overwrite in (("new", False), ("out", True)):
-        with pytest.raises(type(error)):
+        words = f"{tmp_path / folder}: could not be written .*No space left.*free some space"
+        with pytest.raises(type(error), match=words if isinstance(error, OSError) else None):
             prepare(["bundled:mobydick"], tmp_path / folder, overwrite=overwrite)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in.jsonl", "out"]
     assert split_documents(TokenShards(tmp_path / "out")) == split_documents(shards)
 
 
+@pytest.mark.parametrize("name", ["write_meta", "_publish"])
+def test_a_disk_that_fills_up_at_the_end_leaves_nothing_either(tmp_path, monkeypatch, name):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, name, full)
+    with pytest.raises(OSError, match=r"out: could not be written .*No space left on device"):
+        prepare(["bundled:mobydick"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_that_cannot_be_read_is_not_blamed_on_the_output(tmp_path, monkeypatch):
+    def fail(*args):
+        yield "train", "some text", True
+        raise OSError(5, "Input/output error", "in.txt")
+
+    monkeypatch.setattr(prepare_module, "_assign", fail)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: 'in.txt'$"):
+        prepare(["bundled:mobydick"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_folder_is_refused_and_replaced_on_request(tmp_path):
     make_shards(tmp_path, some_documents())
     (tmp_path / "b.txt").write_text("other")
-    with pytest.raises(ValueError, match="exists; give another folder, or overwrite=True"):
+    with pytest.raises(ValueError, match="exists; give another folder, or --overwrite"):
         prepare([tmp_path / "b.txt"], tmp_path / "out", validation_fraction=0)
     prepare([tmp_path / "b.txt"], tmp_path / "out", validation_fraction=0, overwrite=True)
     assert split_documents(TokenShards(tmp_path / "out")) == ["other"]
@@ -903,6 +927,22 @@ def test_stream_steps_say_what_to_carry(shards):
                 assert positions[r, t] == expected[r]
         assert b.cu_seqlens.shape == (loader.max_documents + 1,)
     assert carried > loader.steps
+
+
+def test_unpacked_streams_start_anew_where_a_part_does_and_nowhere_else(shards):
+    length, batch = 6, 3
+    packed = StreamLoader(shards, length=length, batch=batch)
+    loader = StreamLoader(shards, length=length, batch=batch, packed=False)
+    assert (loader.steps, loader.max_documents) == (packed.steps, batch)
+    for step in range(loader.steps + 1):
+        b, other = next(loader), next(packed)
+        assert torch.equal(b.tokens, other.tokens)
+        assert torch.equal(b.targets, other.targets)
+        assert b.cu_seqlens.tolist() == [r * length for r in range(batch + 1)]
+        assert b.first.tolist() == b.last.tolist() == list(range(batch))
+        assert b.fresh.tolist() == [step % loader.steps == 0] * batch
+        begin = step % loader.steps * length
+        assert b.positions.view(batch, length).tolist() == [list(range(begin, begin + length))] * batch
 
 
 def test_streams_resume_and_share_rows_among_ranks(shards):

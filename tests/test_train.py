@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from linattn.core import files
 from linattn.core.config import from_data, to_data
 from linattn.data import Loader, TokenShards, prepare
 from linattn.models import BasedConfig, JRTConfig, TransformerConfig, TransNormerConfig, build_model
@@ -470,6 +471,27 @@ def test_stateful_updates_read_the_text_as_one(config, tmp_path):
     assert got == pytest.approx(want, rel=1e-10)
 
 
+def test_stateful_updates_without_resets_read_on_over_documents(config):
+    config = replace(config, batch=2, length=16, stateful=True, objective=NextToken(reset_documents=False))
+    for micro in (2, 1):
+        run, feed = opened(replace(config, micro_batch=micro))
+        run.carried = loop.empty_carried(run.model, 2)
+        got, part = 0.0, (run.shards.tokens - 1) // 16 // 2 * 16
+        for position in range(40):
+            result = loop._gradients(run, run.model, feed.at(position))
+            run.carried = result.carried
+            got += result.sums["next_token"]
+        offsets, want = run.shards.document_offsets, 0.0
+        for start in (0, part):
+            ids = run.shards.read(start, 40 * 16 + 1)
+            inner = [o - start - 1 for o in offsets.tolist() if start < o <= start + 40 * 16]
+            assert inner
+            targets = ids[1:].clone()
+            targets[inner] = -100  # what follows a document's end is asked of no one
+            want += nll(run.model(ids[None, :-1]).logits[0], targets)
+        assert got == pytest.approx(want, rel=1e-10)
+
+
 def nats_of_documents(model, shards, start, length):
     """The sum of losses of a stretch of text, each document in it read alone and whole."""
     offsets = shards.document_offsets.tolist()
@@ -827,7 +849,9 @@ def test_resume_may_change_the_length_of_the_run_but_not_what_the_position_means
         run_quietly(config, resume="never")
     with pytest.raises(ValueError, match=r"holds no train.json"):
         run_quietly(config, resume=str(tmp_path))
-    with pytest.raises(ValueError, match=r"already holds step-00000014; to go on from .*step-00000008, give another"):
+    with pytest.raises(
+        ValueError, match=r"already holds step-00000014; .* give another out to go on from .*step-00000008"
+    ):
         run_quietly(config, resume=str(tmp_path / "run" / "step-00000008"))
 
 
@@ -908,33 +932,159 @@ def test_checkpoint_of_one_step_can_be_written_twice(config):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_nan_stops_before_the_update_and_says_where(config, monkeypatch):
-    sums = loop.term_sums
+def poison(monkeypatch, step, micros=2):
+    """Make the loss of the last micro-batch of update ``step`` no number, once."""
+    sums, calls = loop.term_sums, itertools.count(1)
 
-    def poisoned(model, problem, *args):
-        found, state = sums(model, problem, *args)
-        if poisoned.calls == 2 * 5 + 1:  # the second micro-batch of step 6
+    def poisoned(*args):
+        found, state = sums(*args)
+        if next(calls) == micros * step:
             found["next_token"] = found["next_token"] * math.nan
-        poisoned.calls += 1
         return found, state
 
-    poisoned.calls = 0
     monkeypatch.setattr(loop, "term_sums", poisoned)
-    config = replace(config, micro_batch=2)
-    where = r"loss is nan at step 6, on samples 22 to 23 \(seed 5\); .* saved in .*nan-step-00000006"
-    with pytest.raises(TrainingStopped, match=where):
+
+
+@pytest.mark.parametrize("step, samples", [(6, "22 to 23"), (5, "18 to 19"), (1, "2 to 3")])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_nan_saves_the_run_before_the_update_and_the_same_command_goes_on(config, monkeypatch, step, samples, stateful):
+    config = replace(config, micro_batch=2, stateful=stateful)
+    poison(monkeypatch, step)
+    path = Path(config.out) / f"step-{step - 1:08d}"
+    where = f"rows 2 to 3 of stream position {step - 1}" if stateful else rf"samples {samples} \(seed 5\)"
+    message = (
+        rf"loss is nan at step {step}, on {where}. Lower optimizer.lr, .* then the same command goes on from {path}"
+    )
+    with pytest.raises(TrainingStopped, match=message):
         run_quietly(config)
     monkeypatch.undo()
-    saved = Path(config.out) / "nan-step-00000006"
-    run_quietly(replace(config, out=config.out + "2", save_every=5))
-    assert same_files(saved, Path(config.out + "2") / "step-00000005")
-    assert weights.checkpoints(Path(config.out))[-1].name == "step-00000004"  # which a new start goes on from
+    assert weights.checkpoints(Path(config.out))[-1] == path
+    assert not list(Path(config.out).glob("nan*"))
+    run_quietly(config)
+    whole = replace(config, out=config.out + "2")
+    run_quietly(whole)
+    assert lines_of(config.out) == lines_of(whole.out)
+    assert same_files(Path(config.out) / "step-00000012", Path(whole.out) / "step-00000012")
+
+
+def test_nan_again_after_going_on_leaves_the_checkpoint_alone(config, monkeypatch):
+    poison(monkeypatch, 6, micros=1)
+    with pytest.raises(TrainingStopped, match="at step 6"):
+        run_quietly(config)
+    monkeypatch.undo()
+    poison(monkeypatch, 1, micros=1)  # the first update of what goes on from there
+    monkeypatch.setattr(loop, "save_checkpoint", lambda run: pytest.fail("there already"))
+    with pytest.raises(TrainingStopped, match=r"at step 6, on samples 20 to 23 .*goes on from .*step-00000005"):
+        run_quietly(config)
+
+
+def test_nan_on_a_full_disk_names_the_nan_first(config, monkeypatch):
+    poison(monkeypatch, 6, micros=1)
+    save = loop.save_checkpoint
+
+    def full(run):
+        if run.progress.step == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(run)
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    message = r"^The loss is nan at step 6, on .* step 5 could not be written .*No space.*step-00000004 is whole.*lower"
+    with pytest.raises(TrainingStopped, match=message):
+        run_quietly(config)
 
 
 def test_nan_in_a_gradient_alone_stops_too(config, monkeypatch):
     monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(math.inf))
-    with pytest.raises(TrainingStopped, match="gradient norm is inf at step 1"):
+    with pytest.raises(TrainingStopped, match="gradient norm is inf at step 1, on samples 0 to 3 "):
+        run_quietly(replace(config, micro_batch=2))
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_at_a_line_of_metrics_stops_with_what_is_whole(config, monkeypatch):
+    write = metrics.JsonLog.write
+
+    def full(log, step, values):
+        if step == 6:
+            log._file.write(b'{"step": 6, "lo')
+            log._file.close()
+            log._file = types.SimpleNamespace(write=full_disk, close=full_disk)
+        write(log, step, values)
+
+    monkeypatch.setattr(metrics.JsonLog, "write", full)
+    message = (
+        r"metrics of step 6 could not be written .*No space.*metrics.jsonl.*step-00000004 is whole. Free some space"
+    )
+    with pytest.raises(TrainingStopped, match=message):
         run_quietly(config)
+    monkeypatch.undo()
+    whole = replace(config, out=config.out + "2")
+    assert run_quietly(config)["step"] == run_quietly(whole)["step"] == 12
+    assert lines_of(config.out) == lines_of(whole.out)
+
+
+@pytest.mark.parametrize("at", ["checkpoint", "metrics"])
+def test_a_full_disk_at_the_start_leaves_the_run_as_it_was(config, monkeypatch, at):
+    run_quietly(replace(config, steps=4))
+    before = {name: (Path(config.out) / name).read_text() for name in ("run.yaml", "metrics.jsonl")}
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    other = {"checkpoint": files.write_text, "metrics": lambda path, text: None}[at]
+    monkeypatch.setattr(checkpoint, "write_text", other)
+    name = {"checkpoint": "run.yaml", "metrics": "metrics.jsonl"}[at]
+    with pytest.raises(TrainingStopped, match=rf"run's folder .*No space.*{name}.*step-00000004 is whole. Free some"):
+        run_quietly(config)
+    assert {name: (Path(config.out) / name).read_text() for name in before} == before
+    assert not list(Path(config.out).glob("*.partial"))
+
+
+def test_a_logger_that_cannot_be_closed_is_told_unless_something_else_ended_the_run(config, monkeypatch):
+    close = metrics.JsonLog.close
+    monkeypatch.setattr(metrics.JsonLog, "close", lambda log: full_disk(close(log)))
+    with pytest.raises(TrainingStopped, match=r"last metrics could not be written .*step-00000004 is whole"):
+        run_quietly(replace(config, steps=4))
+    poison(monkeypatch, 2, micros=1)
+    with pytest.raises(TrainingStopped, match="loss is nan at step 2"):
+        run_quietly(replace(config, out=config.out + "2"))
+
+
+def test_write_text_leaves_what_was_there(tmp_path, monkeypatch):
+    files.write_text(tmp_path / "a", "é")
+    assert (tmp_path / "a").read_bytes() == "é".encode()
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'$"):
+        files.write_text(tmp_path / "a", "other")
+    assert (tmp_path / "a").read_text() == "é"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r.update(rng={}), r"rng.cpu is missing"),
+        (lambda r: r["rng"].update(cpu=r["rng"]["cpu"][:40]), r"rng.cpu has 30 bytes, a generator's state has"),
+        (lambda r: r["rng"].update(cpu="%%%"), r"rng.cpu is missing or no base64"),
+        (lambda r: r["rng"].update(cpu=7), r"rng.cpu is missing or no base64"),
+        (lambda r: r["rng"].update(cpu="/" * len(r["rng"]["cpu"][:-2]) + "=="), r"rng"),
+        (lambda r: r["progress"].update(position=-1), r"progress.position=-1 must be"),
+        (lambda r: r["progress"].update(step=-3), r"progress.step=-3 must be"),
+        (lambda r: r["progress"].update(tokens=-3), r"progress.tokens=-3 must be"),
+        (lambda r: r["progress"].update(seconds=math.nan), r"progress.seconds=nan must be"),
+        (lambda r: r["progress"].update(window={"next_token": "x"}), r"progress.window.next_token='x' is no number"),
+        (lambda r: r["config"].update(batch=0), r"batch=0 must be at least 1"),
+        (lambda r: r.pop("progress"), r"Record needs \['progress'\]"),
+    ],
+)
+def test_a_damaged_record_is_one_clear_error(config, change, message):
+    run_quietly(replace(config, steps=4))
+    path = Path(config.out) / "step-00000004" / "train.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message) as error:
+        run_quietly(config)
+    assert str(path) in str(error.value)
 
 
 # weights

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linattn.core.config import from_data, to_data
+from linattn.core.files import write_text
 
 VERSION = 1
 SPLITS = ("train", "validation")
@@ -71,7 +72,7 @@ def shard_path(folder: Path, split: str, index: int, suffix: str) -> Path:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Write ``folder/meta.json``."""
-    (folder / "meta.json").write_text(json.dumps(to_data(meta), indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "meta.json", json.dumps(to_data(meta), indent=1) + "\n")
 
 
 def read_meta(folder: Path) -> Meta:

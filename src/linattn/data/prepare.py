@@ -16,7 +16,7 @@ from pathlib import Path
 from linattn.data.meta import VERSION, Meta, TokenizerMeta, read_meta, write_meta
 from linattn.data.read import DOCUMENTS, PIECE, Piece, kind_of, read_pieces
 from linattn.data.tokenizer import Tokenizer, load_tokenizer
-from linattn.data.writer import ShardWriter
+from linattn.data.writer import ShardWriter, writing
 
 _BATCH = 32 * PIECE  # characters encoded at once: about 4 MB of text, and some 16 MB of ids
 _MANY = 20  # documents that must fall to validation for it to be chosen by document: then it is empty once in e^20
@@ -63,7 +63,7 @@ def prepare(
 
     Raises:
         ValueError: a bad argument, or bad text, with the file, the line or byte, and the fix.
-        OSError: the disk is full or cannot be written.
+        OSError: the disk is full or cannot be written; the message has ``out``.
     """
     sources = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     sources = [str(source) for source in sources]
@@ -82,12 +82,14 @@ def prepare(
         held_out = "tail"
 
     partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True)
+    with writing(out):
+        partial.mkdir(parents=True)
     try:
         assigned = _assign(pieces(), held_out, validation_fraction, total)
-        meta = _write(partial, assigned, made, held_out, shard_tokens, total, progress)
-        write_meta(partial, meta)
-        _publish(partial, out)
+        meta = _write(partial, out, assigned, made, held_out, shard_tokens, total, progress)
+        with writing(out):
+            write_meta(partial, meta)
+            _publish(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return meta
@@ -113,14 +115,14 @@ def _check_out(out: Path, sources: list[str], overwrite: bool) -> None:
             raise ValueError(f"{out}: the input {source} lies inside it; choose another folder")
     if out.exists():
         if not overwrite:
-            raise ValueError(f"{out}: exists; give another folder, or overwrite=True to replace it")
+            raise ValueError(f"{out}: exists; give another folder, or --overwrite (overwrite=True) to replace it")
         if any(out.iterdir()) if out.is_dir() else True:
             read_meta(out)  # refuses to replace what prepare did not make
     if partial.exists():
         if not overwrite:
             raise ValueError(
                 f"{partial}: exists, so another run is writing it or was killed; "
-                "if none is running, remove it or give overwrite=True"
+                "if none is running, remove it or give --overwrite (overwrite=True)"
             )
         shutil.rmtree(partial)
 
@@ -175,6 +177,7 @@ def _cut_at(data: bytes, limit: int) -> int:
 
 def _write(
     folder: Path,
+    out: Path,
     assigned: Iterable[tuple[str, str, bool]],
     tokenizer: Tokenizer,
     held_out: str,
@@ -182,21 +185,24 @@ def _write(
     total: int,
     progress: Progress | None,
 ) -> Meta:
-    spec = tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     names = ("train",) if held_out == "none" else ("train", "validation")
-    writers = {name: ShardWriter(folder, name, dtype, tokenizer, shard_tokens) for name in names}
+    with writing(out):
+        spec = tokenizer.save(folder)
+        writers = {name: ShardWriter(folder, name, dtype, tokenizer, shard_tokens) for name in names}
     try:
         for batch in _batches(assigned):
             arrays = tokenizer.encode_batch([text for _, text, _ in batch])
-            for (split, text, ends), ids in zip(batch, arrays, strict=True):
-                writers[split].append(ids, ends)
-                writers[split].bytes += len(text) if text.isascii() else len(text.encode())
+            with writing(out):
+                for (split, text, ends), ids in zip(batch, arrays, strict=True):
+                    writers[split].append(ids, ends)
+                    writers[split].bytes += len(text) if text.isascii() else len(text.encode())
             if progress:
                 progress(sum(w.bytes for w in writers.values()), total)
     finally:
-        for writer in writers.values():
-            writer.close()
+        with writing(out):
+            for writer in writers.values():
+                writer.close()
     if sum(w.bytes for w in writers.values()) != total:
         raise ValueError("an input changed while it was read; run again when nothing writes to it")
     splits = {name: writer.meta() for name, writer in writers.items()}

@@ -22,7 +22,7 @@ class StreamBatch(NamedTuple):
 
     tokens, targets, cu_seqlens: as in `Batch`.
     positions: int64 [1, B * T], counted from the start of the document (or of the row's part of the corpus), so they
-        go on across steps.
+        go on across steps; unpacked, always from the start of the row's part.
     fresh: bool [B], whether the row starts anew here: begin it from the identity State, and from the carried one
         everywhere else.
     first, last: int64 [B], which of the N documents each row's first and last piece are: the carried States go in at
@@ -50,6 +50,8 @@ class StreamLoader:
         batch: rows over all ranks; each rank gets batch // world of them, in rank order.
         rank, world: this rank and how many there are.
         position: steps taken so far: the whole state. The batch must stay the same to resume; the world need not.
+        packed: False lets the documents of a row see each other: only rows are apart, each starts anew only where its
+            part does, and N is the number of rows.
         max_documents: N of cu_seqlens, as in `Loader`.
 
     Raises:
@@ -65,6 +67,7 @@ class StreamLoader:
         rank: int = 0,
         world: int = 1,
         position: int = 0,
+        packed: bool = True,
         max_documents: int | None = None,
     ):
         self._rows = rank_rows(batch, rank, world)
@@ -74,9 +77,11 @@ class StreamLoader:
         local = batch // world
         if max_documents is not None and max_documents < local:
             raise ValueError(f"max_documents={max_documents} is fewer than the {local} rows of a rank")
-        self.shards, self.length, self.batch, self.position = shards, length, batch, position
+        self.shards, self.length, self.batch, self.position, self.packed = shards, length, batch, position, packed
         self.steps = (shards.tokens - 1) // length // batch
-        if max_documents is None:
+        if not packed:
+            max_documents = local
+        elif max_documents is None:
             counts = window_documents(shards, length, batch * self.steps).reshape(world, local, self.steps)
             max_documents = int(counts.sum(1).max())
         self.max_documents = max_documents
@@ -92,18 +97,22 @@ class StreamLoader:
 
     def at(self, position: int) -> StreamBatch:
         """Step ``position``; reads nothing of, and leaves alone, the loader's own position."""
-        step, offsets, length = position % self.steps, self.shards.document_offsets, self.length
+        step, length = position % self.steps, self.length
         parts = np.arange(self.batch, dtype=np.int64)[self._rows] * self.steps * length
         starts = parts + step * length
         rows = cut(self.shards, starts, length)
         at = starts[:, None] + np.arange(length)
-        document = offsets[np.searchsorted(offsets, at, side="right") - 1]
-        positions = at - np.maximum(document, parts[:, None])
-        edges = np.searchsorted(rows.bounds, np.arange(len(starts) + 1) * length)
+        begins, sides = parts[:, None], np.arange(len(starts) + 1) * length
+        bounds = rows.bounds if self.packed else sides
+        if self.packed:
+            offsets = self.shards.document_offsets
+            begins = np.maximum(begins, offsets[np.searchsorted(offsets, at, side="right") - 1])
+        positions = at - begins
+        edges = np.searchsorted(bounds, sides)
         return StreamBatch(
             rows.tokens,
             rows.targets,
-            pad_bounds(rows.bounds, self.max_documents),
+            pad_bounds(bounds, self.max_documents),
             torch.from_numpy(positions.reshape(1, -1)),
             torch.from_numpy(positions[:, 0] == 0),
             torch.from_numpy(edges[:-1]),

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from linattn.core.files import write_text
+
 # Looked for in this order; the first that the vocabulary holds ends a document.
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<|im_end|>", "[SEP]")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|bos|>", "<|startoftext|>", "[CLS]")
@@ -140,7 +142,7 @@ class FileTokenizer:
 
     def save(self, folder: Path) -> str:
         """Write the definition, as it was read, to ``folder/tokenizer.json``."""
-        (folder / "tokenizer.json").write_text(self._text, encoding="utf-8")
+        write_text(folder / "tokenizer.json", self._text)
         return "tokenizer.json"
 
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from linattn.data.meta import DTYPES, ShardMeta, SplitMeta, shard_path
 from linattn.data.tokenizer import Tokenizer
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """An OSError from here says that it is ``folder`` that could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{folder}: could not be written ({error}); nothing is left of it: free some space, or choose "
+            "another disk, and run again"
+        ) from error
 
 
 class ShardWriter:

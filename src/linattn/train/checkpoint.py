@@ -12,6 +12,7 @@ a full disk or a lost machine leaves the one before.
 from __future__ import annotations
 
 import base64
+import math
 import platform
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +25,7 @@ import yaml
 from torch import Tensor
 
 from linattn.core.config import config_hash, from_data, to_data
+from linattn.core.files import write_text
 from linattn.data import Tokenizer, TokenShards
 from linattn.models import Decoder, ModelState, map_model_state
 from linattn.train.config import TrainConfig
@@ -45,6 +47,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 FIXED = ("model", "objective", "length", "seed", "stateful")
 """Fields that decide what the data position and the weights mean: a run cannot go on with others."""
+
+
+_DAMAGED = "the file is damaged: copy the checkpoint again, or move it away to go on from an earlier one"
 
 
 @dataclass
@@ -98,23 +103,30 @@ def find_checkpoint(out: str | Path, resume: str) -> Path | None:
         return found[-1] if found else None
     if resume == "never":
         if found:
-            raise ValueError(f"{out}: already holds {found[-1].name}; give another out, or resume='auto' to go on")
+            raise ValueError(f"{out}: already holds {found[-1].name}; give another out, or --resume auto "
+                             "(resume='auto') to go on")  # fmt: skip
         return None
     path = Path(resume)
     if not (path / RECORD).is_file():
         raise ValueError(f"{path}: holds no {RECORD}, so it is no training checkpoint; give a folder step-*")
     if found and found[-1].resolve() != path.resolve():
-        raise ValueError(f"{out}: already holds {found[-1].name}; to go on from {path}, give another out")
+        raise ValueError(f"{out}: already holds {found[-1].name}; leave out --resume (resume='auto') to go on from it, "
+                         f"or give another out to go on from {path}")  # fmt: skip
     return path
 
 
-def save_checkpoint(run: Run, name: str | None = None) -> Path:
-    """Write the run as it is; returns the folder, ``out/step-N`` unless it is named otherwise.
+def checkpoint_path(run: Run) -> Path:
+    """Where the run as it is belongs: ``out/step-N``."""
+    return Path(run.config.out) / f"step-{run.progress.step:08d}"
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write the run as it is to `checkpoint_path`, which is returned.
 
     Raises:
         OSError: it could not be written. Nothing is left of it, and earlier checkpoints are as they were.
     """
-    path = Path(run.config.out) / (name or f"step-{run.progress.step:08d}")
+    path = checkpoint_path(run)
 
     def write(folder: Path) -> None:
         write_model(run.model, ModelCard(run.config.model, run.shards.meta.tokenizer), folder, run.tokenizer)
@@ -126,7 +138,7 @@ def save_checkpoint(run: Run, name: str | None = None) -> Path:
         write_json(folder / RECORD, to_data(record))
 
     write_folder(path, write)
-    if name is None and run.config.keep_checkpoints:
+    if run.config.keep_checkpoints:
         for old in checkpoints(path.parent)[: -run.config.keep_checkpoints]:
             shutil.rmtree(old)
     return path
@@ -139,7 +151,8 @@ def load_checkpoint(path: Path, run: Run) -> None:
         ValueError: a damaged checkpoint, another model's, or a configuration or text that it cannot go on with.
     """
     where = path / RECORD
-    record = from_data(Record, read_json(where), where=str(where))
+    record = _read_record(where)
+    rng = {name: _from_text(record.rng, name, where) for name in _rng()}
     _check_same(record, run, path)
     weights, moments = run.model.state_dict(), _moments(run)
     check_tensors(path / WEIGHTS, weights, exact=True)
@@ -151,14 +164,17 @@ def load_checkpoint(path: Path, run: Run) -> None:
         check_tensors(path / STATE, leaves, exact=True)
         read_into(path / STATE, leaves)
     run.progress = record.progress
-    torch.set_rng_state(_from_text(record.rng["cpu"]))
-    if "cuda" in record.rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_from_text(record.rng["cuda"]))
+    try:
+        for name, state in rng.items():
+            if state is not None:
+                (torch.cuda if name == "cuda" else torch).set_rng_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: rng holds no generator's state ({error}); {_DAMAGED}") from error
 
 
 def write_resolved(config: TrainConfig, path: Path) -> None:
     """Write every field of the configuration as YAML, for `linattn train --config`."""
-    path.write_text(yaml.safe_dump(to_data(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(to_data(config), sort_keys=False))
 
 
 def state_tensors(state: ModelState) -> dict[str, Tensor]:
@@ -205,6 +221,25 @@ def _moments(run: Run) -> dict[str, Tensor]:
     return tensors
 
 
+def _read_record(path: Path) -> Record:
+    """train.json, checked: every number of the progress is one that a run can have."""
+    data = read_json(path)
+    try:
+        record = from_data(Record, data, where=str(path))
+    except ValueError as error:  # a configuration's own checks do not know the path
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}; {_DAMAGED}") from error
+    progress = record.progress
+    for name in ("step", "position", "tokens", "seconds"):
+        value = getattr(progress, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{path}: progress.{name}={value} must be a number of at least 0; {_DAMAGED}")
+    for name in ("window", "evaluation"):
+        for key, value in getattr(progress, name).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{path}: progress.{name}.{key}={value!r} is no number; {_DAMAGED}")
+    return record
+
+
 def _check_same(record: Record, run: Run, path: Path) -> None:
     for name in (f.name for f in fields(TrainConfig) if f.name in FIXED):
         was, now = getattr(record.config, name), getattr(run.config, name)
@@ -235,5 +270,15 @@ def _rng() -> dict[str, str]:
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def _from_text(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+def _from_text(rng: dict[str, Any], name: str, path: Path) -> Tensor | None:
+    """A generator's state; None for a GPU's that the run, made without one, did not have."""
+    if name != "cpu" and name not in rng:
+        return None
+    try:
+        state = base64.b64decode(rng[name], validate=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: rng.{name} is missing or no base64 ({error}); {_DAMAGED}") from error
+    size = (torch.cuda if name == "cuda" else torch).get_rng_state().numel()
+    if len(state) != size:
+        raise ValueError(f"{path}: rng.{name} has {len(state)} bytes, a generator's state has {size}; {_DAMAGED}")
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)

@@ -48,31 +48,28 @@ class Feed:
     def __init__(self, config: TrainConfig, shards: TokenShards):
         self._config, rows = config, config.micro_rows
         self._micros = config.batch // rows
+        packed = config.objective.reset_documents
         if config.stateful:
             # Micro-batch i reads what rank i of as many would.
             self._streams = [
-                StreamLoader(shards, length=config.length, batch=config.batch, rank=i, world=self._micros)
+                StreamLoader(
+                    shards, length=config.length, batch=config.batch, rank=i, world=self._micros, packed=packed
+                )
                 for i in range(self._micros)
             ]
             self.advance = 1
         else:
-            self._loader = Loader(
-                shards,
-                length=config.length,
-                batch=rows,
-                seed=config.seed,
-                packed=config.objective.reset_documents,
-            )
+            self._loader = Loader(shards, length=config.length, batch=rows, seed=config.seed, packed=packed)
             self.advance = config.batch
 
     def at(self, position: int) -> list[MicroBatch]:
         """The update at ``position``."""
         return [self._micro(position, i) for i in range(self._micros)]
 
-    def describe(self, position: int, micro: int) -> str:
-        """Which text micro-batch ``micro`` of the update at ``position`` reads, for people."""
-        rows = self._config.micro_rows
-        first = micro * rows
+    def describe(self, position: int, micro: int | None = None) -> str:
+        """Which text the update at ``position`` reads, or its micro-batch ``micro`` alone, for people."""
+        rows = self._config.batch if micro is None else self._config.micro_rows
+        first = (micro or 0) * rows
         if self._config.stateful:
             return f"rows {first} to {first + rows - 1} of stream position {position}"
         return f"samples {position + first} to {position + first + rows - 1} (seed {self._config.seed})"

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ from linattn.core.config import to_data
 from linattn.data import Tokenizer, TokenShards
 from linattn.models import Decoder, ModelState, build_model
 from linattn.train.checkpoint import (
+    RECORD,
     RESOLVED,
     Run,
     RunProgress,
+    checkpoint_path,
     empty_carried,
     find_checkpoint,
     load_checkpoint,
@@ -57,7 +61,7 @@ def train(config: TrainConfig, resume: str = "auto", display: Display | None = N
 
     Raises:
         ValueError: a configuration, text or checkpoint that does not fit.
-        TrainingStopped: a signal, a loss that is no number, or a full disk.
+        TrainingStopped: a signal, a loss that is no number, or a full disk. What is saved is in the message.
     """
     run, path = _open_run(config, resume)
     validation = _open_validation(run.shards)
@@ -65,64 +69,39 @@ def train(config: TrainConfig, resume: str = "auto", display: Display | None = N
     if path is not None:
         load_checkpoint(path, run)
     forward = torch.compile(run.model) if config.compile else run.model
-    out, progress, device = Path(config.out), run.progress, run.model.embedding.weight.device
-    out.mkdir(parents=True, exist_ok=True)
-    write_resolved(config, out / RESOLVED)
-    logs = open_logs(config.loggers, out, to_data(config), progress.step)
-    bytes_per_target = run.shards.bytes / max(1, run.shards.tokens - run.shards.documents)
+    progress = run.progress
     saved = progress.step if path is not None else -1
 
-    with StopSignals() as stop, display or Display() as shown:
+    with StopSignals() as stop, _opened_logs(run) as logs, display or Display() as shown:
         shown.say(_introduce(run, path))
-        try:
-            if _due(config.eval_every, progress.step) and not _evaluated(run):  # a signal came in between
+        if _due(config.eval_every, progress.step) and not _evaluated(run):  # a signal came in between
+            _evaluate(run, validation, logs, shown, stop)
+        while not stop and (fraction := _fraction(run)) < 1:
+            started = time.perf_counter()
+            lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps, fraction)
+            set_learning_rate(run.optimizer, lr)
+            result = _gradients(run, forward, feed.at(progress.position))
+            if not math.isfinite(result.norm) or not all(map(math.isfinite, result.micro_losses)):
+                raise _not_finite(run, feed, result)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.carried = result.carried
+            progress.position += feed.advance
+            _count(run, result, lr, time.perf_counter() - started, logs, shown)
+            if _due(config.eval_every, progress.step):
                 _evaluate(run, validation, logs, shown, stop)
-            while not stop and (fraction := _fraction(run)) < 1:
-                started = time.perf_counter()
-                lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps, fraction)
-                set_learning_rate(run.optimizer, lr)
-                result = _gradients(run, forward, feed.at(progress.position))
-                if not math.isfinite(result.norm) or not all(map(math.isfinite, result.micro_losses)):
-                    raise _not_finite(run, feed, result)
-                run.optimizer.step()
-                run.optimizer.zero_grad(set_to_none=True)
-                run.carried = result.carried
-
-                seconds = time.perf_counter() - started
-                tokens = config.batch * config.length
-                progress.step += 1
-                progress.position += feed.advance
-                progress.tokens += tokens
-                progress.seconds += seconds
-                add_sums(progress.window, result.sums, result.counts, tokens, seconds)
-                metrics = summarise(progress.window, bytes_per_target)
-                memory, fraction = peak_memory(device), _fraction(run)
-                rate = metrics["tokens_per_second"]
-                shown.update(progress.step, config.steps, fraction, progress.seconds, metrics["loss"], rate, memory)
-                if progress.step % config.log_every == 0 or fraction >= 1:
-                    metrics |= {"lr": lr, "grad_norm": result.norm, "tokens": progress.tokens}
-                    metrics |= {"seconds": progress.seconds, "peak_memory": memory}
-                    _log(logs, progress.step, metrics)
-                    shown.say(line(progress.step, config.steps, metrics, remaining(fraction, progress.seconds)))
-                    progress.window = {}
-
-                if _due(config.eval_every, progress.step):
-                    _evaluate(run, validation, logs, shown, stop)
-                if _due(config.save_every, progress.step) and fraction < 1:
-                    _save(run)
-                    saved = progress.step
-            if not stop and not _evaluated(run):
-                _evaluate(run, validation, logs, shown, stop)
-            if saved != progress.step:
+            if _due(config.save_every, progress.step) and _fraction(run) < 1:
                 _save(run)
-            if stop and _fraction(run) < 1:
-                raise TrainingStopped(
-                    f"Stopped by {stop.name} after step {progress.step} of {config.steps}; everything is saved in "
-                    f"{config.out}, and the same command goes on from there."
-                )
-        finally:
-            for log in logs:
-                log.close()
+                saved = progress.step
+        if not stop and not _evaluated(run):
+            _evaluate(run, validation, logs, shown, stop)
+        if saved != progress.step:
+            _save(run)
+        if stop and _fraction(run) < 1:
+            raise TrainingStopped(
+                f"Stopped by {stop.name} after step {progress.step} of {config.steps}; everything is saved in "
+                f"{config.out}, and the same command goes on from there."
+            )
     done = {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds}
     return {**done, **{k: v for k, v in progress.evaluation.items() if k != "step"}}
 
@@ -163,6 +142,26 @@ def _gradients(run: Run, forward: Any, micros: list[MicroBatch]) -> Gradients:
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip or math.inf)
     totals = {name: sum(float(sums[name]) for sums, _ in found) for name in counts}
     return Gradients(totals, counts, float(norm), [float(loss) for _, loss in found], carried)
+
+
+def _count(run: Run, result: Gradients, lr: float, seconds: float, logs: list[Log], shown: Display) -> None:
+    """Add an update that is done to the run's progress; show it, and log it where a line is due."""
+    config, progress = run.config, run.progress
+    tokens = config.batch * config.length
+    progress.step += 1
+    progress.tokens += tokens
+    progress.seconds += seconds
+    add_sums(progress.window, result.sums, result.counts, tokens, seconds)
+    metrics = summarise(progress.window, run.shards.bytes / max(1, run.shards.tokens - run.shards.documents))
+    memory, fraction = peak_memory(run.model.embedding.weight.device), _fraction(run)
+    rate = metrics["tokens_per_second"]
+    shown.update(progress.step, config.steps, fraction, progress.seconds, metrics["loss"], rate, memory)
+    if progress.step % config.log_every == 0 or fraction >= 1:
+        metrics |= {"lr": lr, "grad_norm": result.norm, "tokens": progress.tokens}
+        metrics |= {"seconds": progress.seconds, "peak_memory": memory}
+        _log(run, logs, metrics)
+        shown.say(line(progress.step, config.steps, metrics, remaining(fraction, progress.seconds)))
+        progress.window = {}
 
 
 def _open_run(config: TrainConfig, resume: str) -> tuple[Run, Path | None]:
@@ -237,44 +236,76 @@ def _evaluate(run: Run, validation: TokenShards | None, logs: list[Log], shown: 
         return
     metrics = found.as_metrics()
     progress.evaluation = {"step": progress.step, **metrics}
-    _log(logs, progress.step, metrics)
+    _log(run, logs, metrics)
     shown.say(
         f"step {progress.step}/{config.steps}  validation loss {found.loss:.4f}  perplexity {found.perplexity:.3f}  "
         f"{found.bits_per_byte:.4f} bits per byte"
     )
 
 
-def _log(logs: list[Log], step: int, metrics: dict[str, float]) -> None:
-    for log in logs:
-        log.write(step, metrics)
+@contextmanager
+def _opened_logs(run: Run) -> Iterator[list[Log]]:
+    """The run's folder, with run.yaml, and its logs, which are closed at the end."""
+    config, out = run.config, Path(run.config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_resolved(config, out / RESOLVED)
+        logs = open_logs(config.loggers, out, to_data(config), run.progress.step)
+    except OSError as error:
+        raise _unwritten(run, f"The run's folder {out}", error) from error
+    try:
+        yield logs
+    except BaseException:
+        for log in logs:
+            with suppress(OSError):  # what ended the run is what is told
+                log.close()
+        raise
+    try:
+        for log in logs:
+            log.close()
+    except OSError as error:
+        raise _unwritten(run, "The last metrics", error) from error
 
 
-def _save(run: Run, name: str | None = None) -> Path:
+def _log(run: Run, logs: list[Log], metrics: dict[str, float]) -> None:
+    step = run.progress.step
+    try:
+        for log in logs:
+            log.write(step, metrics)
+    except OSError as error:
+        raise _unwritten(run, f"The metrics of step {step}", error) from error
+
+
+def _save(run: Run) -> Path:
     """A checkpoint, or one clear sentence about why there is none."""
     try:
-        return save_checkpoint(run, name)
+        return save_checkpoint(run)
     except OSError as error:
-        whole = checkpoints(Path(run.config.out))
-        kept = f"{whole[-1]} is whole" if whole else "there is none before it"
-        raise TrainingStopped(
-            f"The checkpoint of step {run.progress.step} could not be written ({error}); {kept}. "
-            "Free some space and run the same command again."
-        ) from error
+        raise _unwritten(run, f"The checkpoint of step {run.progress.step}", error) from error
+
+
+def _unwritten(run: Run, what: str, error: OSError) -> TrainingStopped:
+    whole = checkpoints(Path(run.config.out))
+    kept = f"the checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
+    return TrainingStopped(
+        f"{what} could not be written ({error}); {kept}. Free some space and run the same command again."
+    )
 
 
 def _not_finite(run: Run, feed: Feed, result: Gradients) -> TrainingStopped:
-    """Save the run as it was before the update that would have spoiled it."""
-    step = run.progress.step + 1
-    path = _save(run, f"nan-step-{step:08d}")
+    """Save the run as it was before the update that would have spoiled it, unless it is there already."""
     bad = next((i for i, loss in enumerate(result.micro_losses) if not math.isfinite(loss)), None)
-    if bad is None:
-        what, where = f"gradient norm is {result.norm}", feed.describe(run.progress.position, 0)
-    else:
-        what, where = f"loss is {result.micro_losses[bad]}", feed.describe(run.progress.position, bad)
-    return TrainingStopped(
-        f"The {what} at step {step}, on {where}; the run before this update is saved in {path}. "
-        "Lower optimizer.lr or look at that text, then run again."
-    )
+    what = f"gradient norm is {result.norm}" if bad is None else f"loss is {result.micro_losses[bad]}"
+    where = feed.describe(run.progress.position, bad)
+    found = f"The {what} at step {run.progress.step + 1}, on {where}."
+    fix = "Lower optimizer.lr, or look at that text"
+    path = checkpoint_path(run)
+    if not (path / RECORD).is_file():
+        try:
+            _save(run)
+        except TrainingStopped as unsaved:
+            return TrainingStopped(f"{found} {unsaved} Before that: {fix[0].lower()}{fix[1:]}.")
+    return TrainingStopped(f"{found} {fix}; then the same command goes on from {path}, the run before this update.")
 
 
 def _introduce(run: Run, path: Path | None) -> str:

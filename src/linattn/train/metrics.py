@@ -11,13 +11,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from linattn.core.files import write_text
 
 METRICS = "metrics.jsonl"
 
@@ -41,18 +42,26 @@ class Log(Protocol):
 
 
 class JsonLog:
-    """metrics.jsonl of a run, flushed after every line. Lines after ``step``, where the run goes on, are dropped."""
+    """metrics.jsonl of a run, unbuffered. Lines after ``step``, where the run goes on, are dropped."""
 
     def __init__(self, out: Path, step: int):
-        path = out / METRICS
-        if path.exists():
-            keep_until(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = out / METRICS
+        if self._path.exists():
+            keep_until(self._path, step)
+        self._file = self._path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """One line.
+
+        Raises:
+            OSError: it could not be written, with the path. Part of it may be there; `keep_until` drops it.
+        """
+        rest = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -69,12 +78,7 @@ def keep_until(path: Path, step: int) -> None:
             continue
         if found <= step:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.writelines(kept)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    write_text(path, "".join(kept))
 
 
 class _TensorBoard:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from linattn.core.config import from_data, to_data
-from linattn.core.files import write_tensors
+from linattn.core.files import write_tensors, write_text
 from linattn.data import Tokenizer, load_tokenizer
 from linattn.data.meta import TokenizerMeta
 from linattn.models import Decoder, ModelConfig, build_model
@@ -188,7 +188,7 @@ def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON for people and machines."""
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
