@@ -122,6 +122,7 @@ def test_gradients_of_gradients():
         ({"weight": draw(5, 0)}, r"weight must be \[5, w\], got \[5, 0\]"),
         ({"bias": draw(4)}, r"bias must be \[5\], got \[4\]"),
         ({"gate": draw(1, 9, 5)}, r"gate must be x's shape \[1, 10, 5\], got \[1, 9, 5\]"),
+        ({"gate": draw(1, 10, 5).float()}, "gate must be of x's dtype torch.float64, got torch.float32"),
         ({"activation": "gelu"}, "activation must be one of .*, got 'gelu'"),
         ({"weight": draw(5, 3).to("meta")}, "weight is on meta, x on cpu"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "must run from 0 to the 10 tokens given, got 0 to 9"),
@@ -136,7 +137,7 @@ def test_wrong_inputs(change, message):
 
 def test_wrong_pools():
     pool, slots = MIXER.new_pool(summarize(draw(1, 9, 5), 4), 2), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"the pool's States are \[3, 5\], weight \[5, 3\] needs \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"need pool.x of shape \[3, 2, 5\], got \[3, 3, 5\]"):
         short_conv_step_(draw(1, 5), draw(5, 3), pool=pool, slots=slots)
 
 

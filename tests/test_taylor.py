@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from linattn.core.numerics import relative_error
+from linattn.mixers.prefix import prefix_attention
 from linattn.mixers.taylor import MIXER, TaylorState, features, n_features, taylor_attention
 from linattn.mixers.taylor.reference import features_153, features_273, taylor_reference
 
@@ -126,6 +127,36 @@ def test_wrong_documents(cu, message):
     q, k, v = draw(1, 10, 2, 4), draw(1, 10, 2, 4), draw(1, 10, 2, 3)
     with pytest.raises(ValueError, match=message):
         taylor_attention(q, k, v, cu_seqlens=torch.tensor(cu, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_huge_key_leaves_the_past_as_it_is(group):
+    q, k, v = (draw(1, 140, heads, 4, seed=i).float() for i, heads in enumerate((2 * group, 2, 2)))
+    want, _ = taylor_attention(q, k, v)
+    huge = k.clone()
+    huge[:, 135] = 1e20
+    got, _ = taylor_attention(q, huge, v)
+    assert torch.equal(got[:, :135], want[:, :135])
+
+
+def test_lengths_of_prefixes():
+    q, k, v = draw(1, 10, 2, 4), draw(1, 10, 2, 4), draw(1, 10, 2, 3)
+    cu = torch.tensor([0, 3, 10])
+
+    def read(lengths):
+        return prefix_attention(q, k, v, k, v, prefix_lengths=lengths, cu_prefix=cu, cu_seqlens=cu)
+
+    read(torch.tensor([3, 7]))
+    for lengths, message in (
+        (torch.tensor([4, 7]), "0 to 3 in row 0, its prefix, got 4"),
+        (torch.tensor([3, -1]), "0 to 7 in row 1, its prefix, got -1"),
+        (torch.tensor([3.0, 7.0]), r"int32 or int64 \[2\], got torch.float32 \[2\]"),
+        ([3, 7], r"an int tensor \[2\], got \[3, 7\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(lengths)
+    with pytest.raises(ValueError, match="cu_prefix must be an int32 tensor"):
+        prefix_attention(q, k, v, k, v, cu_prefix=[0, 3, 10], cu_seqlens=cu)
 
 
 def test_wrong_states():

@@ -158,6 +158,9 @@ def test_wrong_windows_documents_and_states():
     q, k, v = qkv(2, 10)
     with pytest.raises(ValueError, match="self included: at least 1, got 0"):
         window_attention(q, k, v, window=0)
+    for window in (2.5, True, "4", None):
+        with pytest.raises(ValueError, match=f"window must be an int, the number of keys seen, got {window!r}"):
+            window_attention(q, k, v, window=window)
     with pytest.raises(ValueError, match="packs documents into one row, but the batch is 2"):
         window_attention(q, k, v, window=5, cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
     with pytest.raises(ValueError, match="must run from 0 to the 10 tokens given, got 0 to 7"):

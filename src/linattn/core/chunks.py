@@ -191,7 +191,7 @@ def sum_chunks(
 
 
 def _chunks_a_block(chunks: tuple[Tensor, ...]) -> int:
-    return max(1, BLOCK_ROWS // max(math.prod(x.shape[1:4]) for x in chunks))
+    return max(1, BLOCK_ROWS // max(1, *(math.prod(x.shape[1:4]) for x in chunks)))
 
 
 def _with_carry(combine: Combine, carry: Any, added: Any, fresh: Tensor | None) -> Any:

@@ -11,7 +11,7 @@ cu_seqlens[n+1]. Documents of length 0 are legal, so that N can be padded to a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -66,6 +66,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int, name: str = "c
     Raises:
         ValueError: with the offending value and the fix.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{name} must be an int32 tensor of shape [N+1], got {cu_seqlens!r}: wrap it in torch.tensor")
     if batch != 1:
         raise ValueError(
             f"{name} packs documents into one row, but the batch is {batch}: reshape [B, T, ...] to [1, B*T, ...]"
@@ -109,6 +111,16 @@ class Heads:
     out: int
 
 
+def check_scale(op: str, scale: Any) -> None:
+    """Refuse a scale that is no number (None is one: the op's own).
+
+    Raises:
+        ValueError: with what was given.
+    """
+    if scale is not None and not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"{op}: scale must be a float, got {scale!r}")
+
+
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, state_heads: int | None = None) -> Heads:
     """Check q [B, T, Hq, D], k [B, T, Hk, D], v [B, T, Hv, V] against one another; return the head counts.
 
@@ -131,13 +143,26 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, state_heads: int |
         raise ValueError(f"{op}: q, k and v must be floating point, got {q.dtype}")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"{op}: q and k must have one head dim, got {q.shape[3]} and {k.shape[3]}")
-    state = max(k.shape[2], v.shape[2]) if state_heads is None else state_heads
-    heads = Heads(q.shape[2], k.shape[2], v.shape[2], state, max(q.shape[2], state))
+    return count_heads(op, q, k, v, state_heads)
+
+
+def count_heads(op: str, q: Tensor, k: Tensor, v: Tensor, state_heads: int | None = None) -> Heads:
+    """The head counts of q, k, v [..., H, D]; ``state_heads`` is given where log_decay sets it.
+
+    Raises:
+        ValueError: counts that do not divide.
+    """
+    state = max(k.shape[-2], v.shape[-2]) if state_heads is None else state_heads
+    heads = Heads(q.shape[-2], k.shape[-2], v.shape[-2], state, max(q.shape[-2], state))
     for name, count in (("q", heads.q), ("k", heads.k), ("v", heads.v), ("the State", heads.state)):
         if count == 0 or heads.out % count or (name in "kv" and heads.state % count):
+            if name in "kv" and count and heads.out % count == 0:
+                whole = f"the State's {state}" if state_heads is None else f"the {state} entries of log_decay"
+            else:
+                whole = f"{heads.out}"
             raise ValueError(
-                f"{op}: {name} has {count} heads, which does not divide {heads.out} (q {heads.q}, k {heads.k}, "
-                f"v {heads.v}, State {heads.state})"
+                f"{op}: {name} has {count} heads, which does not divide {whole} (q {heads.q}, k {heads.k}, "
+                f"v {heads.v}, {'State' if state_heads is None else 'log_decay'} {heads.state})"
             )
     return heads
 
@@ -147,17 +172,109 @@ def match_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
-def check_state(op: str, state: Any, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
-    """Refuse an initial State whose leaves do not have ``shapes``, or that lies on another device.
+def check_state(
+    op: str,
+    state: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    dtype: torch.dtype,
+    most: int | None = None,
+) -> None:
+    """Refuse an initial State whose leaves do not have ``shapes`` and ``dtype``, or that lies on another device.
+
+    A leaf called count is int32 whatever the dtype, and from 0 to ``most`` where its values are checked.
 
     Raises:
-        ValueError: naming the leaf, its shape and the wanted one.
+        ValueError: naming the leaf, what it is and what is wanted.
     """
     for name, shape in shapes.items():
         leaf = getattr(state, name, None)
-        if leaf is None:
+        if not isinstance(leaf, Tensor):
             raise ValueError(f"{op}: initial_state has no {name!r}; it must be the State this op returned")
         if tuple(leaf.shape) != shape:
             raise ValueError(f"{op}: initial_state.{name} must be {list(shape)}, got {list(leaf.shape)}")
         if leaf.device != device:
             raise ValueError(f"{op}: initial_state.{name} is on {leaf.device}, the inputs on {device}")
+        wanted = torch.int32 if name == "count" else dtype
+        if leaf.dtype != wanted:
+            raise ValueError(
+                f"{op}: initial_state.{name} must be {wanted} for these inputs, got {leaf.dtype}: "
+                f"convert it with .to({wanted})"
+            )
+        if name == "count" and most is not None and leaf.numel() and values_are_checked(leaf):
+            counts = leaf.tolist()
+            if min(counts) < 0 or max(counts) > most:
+                raise ValueError(f"{op}: initial_state.count must lie in 0 to {most}, its rows, got {counts}")
+
+
+def check_step(
+    op: str,
+    tensors: Mapping[str, Tensor | None],
+    slots: Tensor,
+    pool: Any,
+    kind: type,
+    room: Callable[[], Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
+) -> None:
+    """Refuse a decoding step that does not fit its pool.
+
+    Args:
+        op: the name to complain under.
+        tensors: one token a row: q, k, v [B, H, D], others [B, D]. They share B, dtype and device.
+        slots: int32 or int64 [B]; where values are checked, -1 or a slot of the pool, none twice.
+        pool: leaves [slots + 1, ...], of which the last row is no slot.
+        kind: the class of the pool.
+        room: called once the ranks are known to be right; what a row of each leaf must be: its shape and dtype.
+
+    Raises:
+        ValueError: with the offending value and the fix.
+    """
+    first = slots
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        ndim, layout = (3, "[B, H, D]") if name in "qkv" else (2, "[B, D]")
+        if x.ndim != ndim:
+            raise ValueError(f"{op}: {name} must be {layout}, one token a row, got {list(x.shape)}")
+        if first is slots:
+            first = x
+            if not x.is_floating_point():
+                raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+        elif x.shape[0] != first.shape[0] or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"{op}: all inputs must share B, dtype and device; the first is {list(first.shape)} {first.dtype} on "
+                f"{first.device}, {name} is {list(x.shape)} {x.dtype} on {x.device}"
+            )
+    if not isinstance(pool, kind):
+        raise ValueError(f"{op}: pool must be a {kind.__name__}, made by new_pool, got {type(pool).__name__}")
+    rows = 0
+    for name, (shape, dtype) in room().items():
+        leaf: Tensor = getattr(pool, name)
+        rows = rows or leaf.shape[0]
+        if leaf.shape != (rows, *shape):
+            raise ValueError(
+                f"{op}: these inputs need pool.{name} of shape {[rows, *shape]}, got {list(leaf.shape)}; make the pool "
+                "for States of these sizes"
+            )
+        if leaf.dtype != dtype or leaf.device != first.device:
+            raise ValueError(
+                f"{op}: these inputs need pool.{name} of {dtype} on {first.device}, got {leaf.dtype} on {leaf.device}"
+            )
+    _check_slots(op, slots, first, rows - 1)
+
+
+def _check_slots(op: str, slots: Tensor, first: Tensor, count: int) -> None:
+    if not isinstance(slots, Tensor):
+        raise ValueError(f"{op}: slots must be an int32 tensor, got {slots!r}: wrap it in torch.tensor")
+    if slots.dtype not in (torch.int32, torch.int64) or slots.ndim != 1 or slots.shape[0] != first.shape[0]:
+        raise ValueError(
+            f"{op}: slots must be int32 or int64 [{first.shape[0]}], one a row, got {slots.dtype} {list(slots.shape)}"
+        )
+    if slots.device != first.device:
+        raise ValueError(f"{op}: slots are on {slots.device}, the inputs on {first.device}")
+    if values_are_checked(slots):
+        named = slots.tolist()
+        used = [slot for slot in named if slot != -1]
+        if used and (min(used) < 0 or max(used) >= count):
+            raise ValueError(f"{op}: slots must be -1 (idle) or 0 to {count - 1}, the pool's {count}, got {named}")
+        if len(set(used)) != len(used):
+            raise ValueError(f"{op}: no two rows may share a slot, got {named}")

@@ -5,6 +5,7 @@ The mixer of arXiv 2401.04658 and 2307.14995; README.md in this folder has the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,19 @@ from torch import Tensor
 
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
+from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
-from linattn.core.shapes import check_attention, check_cu_seqlens, check_state, document_count, values_are_checked
+from linattn.core.shapes import (
+    Heads,
+    check_attention,
+    check_cu_seqlens,
+    check_scale,
+    check_state,
+    check_step,
+    count_heads,
+    document_count,
+    values_are_checked,
+)
 from linattn.mixers.lightning import chunked, operators
 from linattn.mixers.lightning.chunked import LightningState, combine, summarize
 from linattn.mixers.lightning.reference import lightning_reference
@@ -81,17 +93,14 @@ def lightning_attention(
     """
     _check_log_decay("lightning_attention", log_decay, q)
     heads = check_attention("lightning_attention", q, k, v, log_decay.shape[0])
-    if heads.state > max(heads.q, heads.k, heads.v):
-        raise ValueError(
-            f"lightning_attention: log_decay has {heads.state} entries, but q, k and v have no more than "
-            f"{max(heads.q, heads.k, heads.v)} heads; it needs one a head of the State"
-        )
+    _check_entries("lightning_attention", heads)
+    check_scale("lightning_attention", scale)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
     if initial_state is not None:
         rows = document_count(q.shape[0], cu_seqlens)
         shapes = {"log_decay": (rows, heads.state), "S": (rows, heads.state, q.shape[-1], v.shape[-1])}
-        check_state("lightning_attention", initial_state, shapes, q.device)
+        check_state("lightning_attention", initial_state, shapes, q.device, sum_dtype(q.dtype))
     tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "cu_seqlens": cu_seqlens}
     call = describe("lightning_attention", tensors, decay_grad=torch.is_grad_enabled() and log_decay.requires_grad)
     return choose(BACKENDS, call, backend).forward(
@@ -122,28 +131,55 @@ def lightning_step_(
 
     The pool's States in ``slots`` are rewritten in place; a slot of -1 is an idle row, whose output means nothing.
     No gradient.
+
+    Raises:
+        ValueError: inputs or slots that do not fit the pool, with the value and the fix.
     """
+    _check_log_decay("lightning_step_", log_decay, q)
+
+    def room() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"lightning_step_: q and k must have one head dim, got {q.shape[2]} and {k.shape[2]}")
+        heads, dtype = count_heads("lightning_step_", q, k, v, log_decay.shape[0]), sum_dtype(q.dtype)
+        _check_entries("lightning_step_", heads)
+        return {"S": ((heads.state, k.shape[2], v.shape[2]), dtype), "log_decay": ((heads.state,), dtype)}
+
+    check_step("lightning_step_", {"q": q, "k": k, "v": v}, slots, pool, LightningState, room)
+    check_scale("lightning_step_", scale)
     call = describe("lightning_step_", {"q": q, "k": k, "v": v, "log_decay": log_decay})
     step = choose(BACKENDS, call, backend).step_
     assert step is not None
     return step(q, k, v, log_decay, pool, slots, scale=scale)
 
 
+def _check_entries(op: str, heads: Heads) -> None:
+    most = max(heads.q, heads.k, heads.v)
+    if heads.state > most:
+        raise ValueError(
+            f"{op}: log_decay has {heads.state} entries, but q, k and v have no more than {most} heads; "
+            "it needs one a head of the State"
+        )
+
+
 def _check_log_decay(op: str, log_decay: Tensor, q: Tensor) -> None:
+    if not isinstance(log_decay, Tensor):
+        raise ValueError(f"{op}: log_decay must be a tensor [H], one entry a head, got {log_decay!r}")
     if log_decay.ndim != 1 or log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{op}: log_decay must be float32 or float64 of shape [H], got {log_decay.dtype} {list(log_decay.shape)}"
         )
     if log_decay.device != q.device:
         raise ValueError(f"{op}: log_decay is on {log_decay.device}, q on {q.device}")
-    if values_are_checked(log_decay):
+    if values_are_checked(log_decay) and log_decay.numel():
+        lowest, highest = (float(x) for x in log_decay.detach().aminmax())
+        if -math.inf < lowest and highest <= 0:
+            return
         wrong = (~((log_decay <= 0) & log_decay.isfinite())).nonzero()
-        if wrong.numel():
-            h = int(wrong[0])
-            raise ValueError(
-                f"{op}: log_decay must be finite and <= 0, entry {h} is {float(log_decay[h])}; "
-                "if these are slopes as other libraries have them, which are positive, negate them"
-            )
+        h = int(wrong[0])
+        raise ValueError(
+            f"{op}: log_decay must be finite and <= 0, entry {h} is {float(log_decay[h])}; "
+            "if these are slopes as other libraries have them, which are positive, negate them"
+        )
 
 
 def _reference(inputs: Mapping[str, Any], initial_state: LightningState | None = None) -> tuple[Tensor, LightningState]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from linattn.core.mixer import Mixer
@@ -36,20 +37,22 @@ def summarize_prefix(
     B, M = k_prefix.shape[:2]
     if cu_prefix is not None:
         check_cu_seqlens(cu_prefix, B, M, "cu_prefix")
-    rows = document_count(B, cu_prefix)
     if prefix_lengths is not None:
-        if prefix_lengths.shape != (rows,):
-            raise ValueError(f"prefix_lengths must be [{rows}], got {list(prefix_lengths.shape)}")
-        if values_are_checked(prefix_lengths):
-            most = _longest(M, cu_prefix)
-            if ((prefix_lengths < 0) | (prefix_lengths > most)).any():
-                raise ValueError(f"prefix_lengths must lie in 0 to {most}, got {prefix_lengths.tolist()}")
+        _check_lengths(prefix_lengths, document_count(B, cu_prefix), M, cu_prefix)
     return taylor.summarize(k_prefix, v_prefix, cu_prefix, prefix_lengths)
 
 
-def _longest(tokens: int, cu_prefix: Tensor | None) -> int:
-    """The longest prefix that the tensors hold."""
-    return tokens if cu_prefix is None else int(cu_prefix.diff().max())
+def _check_lengths(lengths: Tensor, rows: int, tokens: int, cu_prefix: Tensor | None) -> None:
+    """Each row's length lies within the prefix that the tensors hold for it."""
+    if not isinstance(lengths, Tensor):
+        raise ValueError(f"prefix_lengths must be an int tensor [{rows}], got {lengths!r}: wrap it in torch.tensor")
+    if lengths.shape != (rows,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"prefix_lengths must be int32 or int64 [{rows}], got {lengths.dtype} {list(lengths.shape)}")
+    if values_are_checked(lengths):
+        most = [tokens] * rows if cu_prefix is None else cu_prefix.diff().tolist()
+        for n, (length, held) in enumerate(zip(lengths.tolist(), most, strict=True)):
+            if not 0 <= length <= held:
+                raise ValueError(f"prefix_lengths must lie in 0 to {held} in row {n}, its prefix, got {length}")
 
 
 def prefix_attention(
@@ -82,6 +85,13 @@ def prefix_attention(
     Raises:
         ValueError: a shape, dtype or value that does not fit, with the value and the fix.
     """
+    for name, x in (("q", q), ("k_prefix", k_prefix)):
+        if x.ndim != 4:
+            raise ValueError(f"prefix_attention: {name} must be [B, T, H, D], got {list(x.shape)}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
+    if cu_prefix is not None:
+        check_cu_seqlens(cu_prefix, k_prefix.shape[0], k_prefix.shape[1], "cu_prefix")
     rows = document_count(q.shape[0], cu_seqlens)
     given = document_count(k_prefix.shape[0], cu_prefix)
     if rows != given:

@@ -14,7 +14,7 @@ from torch import Tensor
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
 from linattn.core.pool import new_pool, put_, take
-from linattn.core.shapes import check_cu_seqlens, check_state, document_count
+from linattn.core.shapes import check_cu_seqlens, check_state, check_step, document_count
 from linattn.mixers.shortconv import chunked
 from linattn.mixers.shortconv.chunked import ShortConvState, combine, summarize
 from linattn.mixers.shortconv.reference import short_conv_reference
@@ -78,7 +78,7 @@ def short_conv(
     if initial_state is not None:
         rows = document_count(x.shape[0], cu_seqlens)
         shapes = {"x": (rows, weight.shape[1] - 1, x.shape[2]), "count": (rows,)}
-        check_state("short_conv", initial_state, shapes, x.device)
+        check_state("short_conv", initial_state, shapes, x.device, x.dtype, weight.shape[1] - 1)
     tensors = {"x": x, "weight": weight, "bias": bias, "gate": gate, "cu_seqlens": cu_seqlens}
     call = describe("short_conv", tensors, activation=activation)
     return choose(BACKENDS, call, backend).forward(
@@ -111,14 +111,14 @@ def short_conv_step_(
     No gradient.
 
     Raises:
-        ValueError: as `short_conv`, or the pool was made for another number of taps.
+        ValueError: as `short_conv`, or the pool was made for another number of taps, or slots do not fit it.
     """
-    _check("short_conv_step_", x, weight, bias, gate, activation)
-    if pool.x.shape[1:] != (weight.shape[1] - 1, x.shape[-1]):
-        raise ValueError(
-            f"short_conv_step_: the pool's States are {list(pool.x.shape[1:])}, weight {list(weight.shape)} needs "
-            f"{[weight.shape[1] - 1, x.shape[-1]]}"
-        )
+
+    def room() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        _check("short_conv_step_", x, weight, bias, gate, activation)
+        return {"x": ((weight.shape[1] - 1, x.shape[1]), x.dtype), "count": ((), torch.int32)}
+
+    check_step("short_conv_step_", {"x": x, "gate": gate}, slots, pool, ShortConvState, room)
     call = describe("short_conv_step_", {"x": x, "weight": weight, "bias": bias, "gate": gate}, activation=activation)
     step = choose(BACKENDS, call, backend).step_
     assert step is not None
@@ -136,6 +136,8 @@ def _check(
         raise ValueError(f"{op}: bias must be [{channels}], got {list(bias.shape)}")
     if gate is not None and gate.shape != x.shape:
         raise ValueError(f"{op}: gate must be x's shape {list(x.shape)}, got {list(gate.shape)}")
+    if gate is not None and gate.dtype != x.dtype:
+        raise ValueError(f"{op}: gate must be of x's dtype {x.dtype}, got {gate.dtype}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
     for name, tensor in (("weight", weight), ("bias", bias), ("gate", gate)):

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
-from linattn.core.shapes import check_attention, check_cu_seqlens, check_state, document_count
+from linattn.core.shapes import (
+    check_attention,
+    check_cu_seqlens,
+    check_scale,
+    check_state,
+    check_step,
+    document_count,
+)
 from linattn.mixers.softmax import chunked
 from linattn.mixers.softmax.chunked import SoftmaxState, combine, new_pool, put_, summarize, take
 from linattn.mixers.softmax.reference import softmax_reference
@@ -65,12 +72,9 @@ def softmax_attention(
     Raises:
         ValueError: a shape, dtype or value that does not fit, with the value and the fix.
     """
-    heads = check_attention("softmax_attention", q, k, v)
-    if heads.k != heads.v or heads.q % heads.k:
-        raise ValueError(
-            f"softmax_attention: k and v must have one head count, which divides q's; "
-            f"q has {heads.q}, k {heads.k}, v {heads.v}"
-        )
+    check_attention("softmax_attention", q, k, v)
+    _check_heads("softmax_attention", q, k, v)
+    check_scale("softmax_attention", scale)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
     if initial_state is not None:
@@ -78,7 +82,7 @@ def softmax_attention(
             raise ValueError(f"softmax_attention: initial_state must be a SoftmaxState, got {type(initial_state)}")
         rows, capacity = document_count(q.shape[0], cu_seqlens), initial_state.k.shape[1]
         shapes = {"k": (rows, capacity, *k.shape[2:]), "v": (rows, capacity, *v.shape[2:]), "count": (rows,)}
-        check_state("softmax_attention", initial_state, shapes, q.device)
+        check_state("softmax_attention", initial_state, shapes, q.device, k.dtype, capacity)
     call = describe("softmax_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens})
     return choose(BACKENDS, call, backend).forward(
         q,
@@ -108,12 +112,33 @@ def softmax_step_(
     No gradient.
 
     Raises:
-        ValueError: a slot is full (checked on the CPU, and within `checked`; elsewhere its last token is overwritten).
+        ValueError: a slot is full (checked on the CPU, and within `checked`; elsewhere its last token is overwritten),
+            or inputs or slots do not fit the pool.
     """
+
+    def room() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        _check_heads("softmax_step_", q, k, v)
+        capacity = pool.k.shape[1]
+        k_row, v_row = (capacity, *k.shape[1:]), (capacity, *v.shape[1:])
+        return {"k": (k_row, k.dtype), "v": (v_row, v.dtype), "count": ((), torch.int32)}
+
+    check_step("softmax_step_", {"q": q, "k": k, "v": v}, slots, pool, SoftmaxState, room)
+    check_scale("softmax_step_", scale)
     call = describe("softmax_step_", {"q": q, "k": k, "v": v})
     step = choose(BACKENDS, call, backend).step_
     assert step is not None
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k, v [..., H, D]."""
+    heads = q.shape[-2], k.shape[-2], v.shape[-2]
+    if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1] or not heads[0]:
+        raise ValueError(
+            f"{op}: k and v must have one head count, which divides q's; q has {heads[0]}, k {heads[1]}, v {heads[2]}"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{op}: q and k must have one head dim, got {q.shape[-1]} and {k.shape[-1]}")
 
 
 def _reference(inputs: Mapping[str, Any], initial_state: SoftmaxState | None = None) -> tuple[Tensor, SoftmaxState]:

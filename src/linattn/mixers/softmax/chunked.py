@@ -153,7 +153,7 @@ def step_(q: Tensor, k: Tensor, v: Tensor, pool: SoftmaxState, slots: Tensor, *,
     count = torch.where(idle, 0, pool.count[slots])
     reach = capacity
     if values_are_checked(count):
-        reach = int(count.max()) + 1
+        reach = int(count.max()) + 1 if count.numel() else 1
         if reach > capacity:
             full = int(slots[count.argmax()])
             raise ValueError(
@@ -172,7 +172,7 @@ def take(pool: SoftmaxState, slots: Tensor) -> SoftmaxState:
     """The States in ``slots`` int [B] of a pool, copied; their capacity is the longest's count, read on the host."""
     slots = slots.long()
     count = pool.count[slots]
-    longest = int(count.max())
+    longest = int(count.max()) if count.numel() else 0
     return SoftmaxState(pool.k[slots, :longest], pool.v[slots, :longest], count)
 
 
@@ -183,7 +183,7 @@ def put_(pool: SoftmaxState, slots: Tensor, state: SoftmaxState) -> None:
         ValueError: a State holds more tokens than a slot can (checked on the CPU, and within `checked`).
     """
     slots, capacity = slots.long(), pool.k.shape[1]
-    if values_are_checked(state.count) and int(state.count.max()) > capacity:
+    if values_are_checked(state.count) and state.count.numel() and int(state.count.max()) > capacity:
         raise ValueError(
             f"a State of {int(state.count.max())} tokens does not fit a pool whose capacity is {capacity} tokens"
         )

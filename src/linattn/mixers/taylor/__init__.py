@@ -13,8 +13,17 @@ from torch import Tensor
 
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
+from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
-from linattn.core.shapes import check_attention, check_cu_seqlens, check_state, document_count
+from linattn.core.shapes import (
+    check_attention,
+    check_cu_seqlens,
+    check_scale,
+    check_state,
+    check_step,
+    count_heads,
+    document_count,
+)
 from linattn.mixers.taylor import chunked
 from linattn.mixers.taylor.chunked import TaylorState, combine, features, n_features, summarize
 from linattn.mixers.taylor.reference import taylor_reference
@@ -53,6 +62,9 @@ def taylor_attention(
 
     y_i = sum_{j<=i} w_ij v_j / sum_{j<=i} w_ij,  w = 1 + s + s^2/2,  s = scale q_i . k_j
 
+    Inputs must be finite: a NaN or an infinity, once read, stays in the State. Weights grow with the square of a score
+    and their sum with the text, so that fp16 outputs, which end at 65,504, can overflow with ``normalize=False``.
+
     Args:
         q: [B, T, Hq, F]. k: [B, T, Hk, F]. v: [B, T, Hv, V]. q and k may have fewer heads than v, and k and v fewer
             than q; each count divides the largest.
@@ -71,12 +83,13 @@ def taylor_attention(
         ValueError: a shape, dtype or value that does not fit, with the value and the fix.
     """
     heads = check_attention("taylor_attention", q, k, v)
+    check_scale("taylor_attention", scale)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
     if initial_state is not None:
         rows, P = document_count(q.shape[0], cu_seqlens), n_features(q.shape[-1])
         shapes = {"S": (rows, heads.state, P, v.shape[-1]), "z": (rows, heads.state, P)}
-        check_state("taylor_attention", initial_state, shapes, q.device)
+        check_state("taylor_attention", initial_state, shapes, q.device, sum_dtype(q.dtype))
     call = describe("taylor_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}, normalize=normalize)
     return choose(BACKENDS, call, backend).forward(
         q,
@@ -106,7 +119,19 @@ def taylor_step_(
 
     The pool's States in ``slots`` are rewritten in place; a slot of -1 is an idle row, whose output means nothing.
     No gradient.
+
+    Raises:
+        ValueError: inputs or slots that do not fit the pool, with the value and the fix.
     """
+
+    def room() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"taylor_step_: q and k must have one head dim, got {q.shape[2]} and {k.shape[2]}")
+        heads, P, dtype = count_heads("taylor_step_", q, k, v).state, n_features(k.shape[2]), sum_dtype(q.dtype)
+        return {"S": ((heads, P, v.shape[2]), dtype), "z": ((heads, P), dtype)}
+
+    check_step("taylor_step_", {"q": q, "k": k, "v": v}, slots, pool, TaylorState, room)
+    check_scale("taylor_step_", scale)
     call = describe("taylor_step_", {"q": q, "k": k, "v": v}, normalize=normalize)
     step = choose(BACKENDS, call, backend).step_
     assert step is not None

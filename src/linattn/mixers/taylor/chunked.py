@@ -106,7 +106,7 @@ def forward(
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
         initial_state = identity(rows, n_state, k.shape[-1], v.shape[-1], k)
-    causal = torch.ones(CHUNK, CHUNK, dtype=dtype, device=q.device).tril().repeat(group, 1)
+    future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1).repeat(group, 1)
     half = torch.full((), 0.5, dtype=dtype, device=q.device)
 
     def outputs(before: TaylorState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
@@ -117,7 +117,8 @@ def forward(
         S, z = (leaf.flatten(0, 2) for leaf in before)
         # 1 + s + s^2/2 = ((1 + s)^2 + 1) / 2: one pass over the scores where the sum would take four.
         s = torch.baddbmm(half.new_ones(1, 1, 1), q, k.transpose(1, 2))
-        w = torch.addcmul(half, s, s, value=0.5) * causal
+        # Filled, not multiplied by 0: the square of a large score overflows, and infinity times 0 is NaN.
+        w = torch.addcmul(half, s, s, value=0.5).masked_fill_(future, 0)
         fq = features(q)
         y = torch.baddbmm(w @ v, fq, S)
         if normalize:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
-from linattn.core.shapes import check_attention, check_cu_seqlens, check_state, document_count
+from linattn.core.shapes import (
+    check_attention,
+    check_cu_seqlens,
+    check_scale,
+    check_state,
+    check_step,
+    document_count,
+)
 from linattn.mixers.window import chunked
 from linattn.mixers.window.chunked import WindowPool, WindowState, combine, new_pool, put_, summarize, take
 from linattn.mixers.window.reference import window_reference
@@ -70,20 +77,16 @@ def window_attention(
         ValueError: a shape, dtype or value that does not fit, with the value and the fix.
     """
     heads = check_attention("window_attention", q, k, v)
-    if heads.k != heads.v or heads.out != heads.q:
-        raise ValueError(
-            f"window_attention: k and v must have one head count that divides q's, got q {heads.q}, k {heads.k}, "
-            f"v {heads.v}"
-        )
-    if window < 1:
-        raise ValueError(f"window_attention: window counts keys, self included: at least 1, got {window}")
+    _check_heads("window_attention", q, k, v)
+    _check_window("window_attention", window)
+    check_scale("window_attention", scale)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
     if initial_state is not None:
         rows = document_count(q.shape[0], cu_seqlens)
         past = (rows, window - 1, heads.k)
         shapes = {"k": (*past, k.shape[-1]), "v": (*past, v.shape[-1]), "count": (rows,)}
-        check_state("window_attention", initial_state, shapes, q.device)
+        check_state("window_attention", initial_state, shapes, q.device, k.dtype, window - 1)
     call = describe("window_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}, window=window)
     return choose(BACKENDS, call, backend).forward(
         q,
@@ -115,14 +118,41 @@ def window_step_(
     No gradient.
 
     Raises:
-        ValueError: the pool was made for another window.
+        ValueError: the pool was made for another window, or inputs or slots do not fit it.
     """
-    if pool.k.shape[1] != window:
-        raise ValueError(f"window_step_: the pool's rings hold {pool.k.shape[1]} tokens, the window is {window}")
+    _check_window("window_step_", window)
+    check_scale("window_step_", scale)
+
+    def room() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        _check_heads("window_step_", q, k, v)
+        if pool.k.shape[1] != window:
+            raise ValueError(f"window_step_: the pool's rings hold {pool.k.shape[1]} tokens, the window is {window}")
+        k_row, v_row = (window, *k.shape[1:]), (window, *v.shape[1:])
+        return {"k": (k_row, k.dtype), "v": (v_row, v.dtype), "tokens": ((), torch.int64)}
+
+    check_step("window_step_", {"q": q, "k": k, "v": v}, slots, pool, WindowPool, room)
     call = describe("window_step_", {"q": q, "k": k, "v": v}, window=window)
     step = choose(BACKENDS, call, backend).step_
     assert step is not None
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _check_window(op: str, window: int) -> None:
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        raise ValueError(f"{op}: window must be an int, the number of keys seen, got {window!r}")
+    if window < 1:
+        raise ValueError(f"{op}: window counts keys, self included: at least 1, got {window}")
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k, v [..., H, D]."""
+    heads = q.shape[-2], k.shape[-2], v.shape[-2]
+    if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1] or not heads[0]:
+        raise ValueError(
+            f"{op}: k and v must have one head count that divides q's, got q {heads[0]}, k {heads[1]}, v {heads[2]}"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{op}: q and k must have one head dim, got {q.shape[-1]} and {k.shape[-1]}")
 
 
 def _reference(inputs: Mapping[str, Any], initial_state: WindowState | None = None) -> tuple[Tensor, WindowState]:
