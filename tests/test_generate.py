@@ -827,9 +827,7 @@ def test_snapshot_of_another_model_names_both_hashes(saved):
         load_snapshot(saved, other)
     with pytest.raises(ValueError, match=f"tokenizer hash is {BYTES.hash}, .* has 0123: other ids"):
         load_snapshot(saved, model, tokenizer_hash="0123")
-    with pytest.raises(
-        ValueError, match="weights of torch.float32, and the model given here has torch.float64"
-    ):
+    with pytest.raises(ValueError, match="weights of torch.float32, and the model given here has torch.float64"):
         load_snapshot(saved, make_model("based", torch.float64))
 
 

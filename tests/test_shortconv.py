@@ -181,7 +181,7 @@ def test_the_layer_has_the_published_parameters():
     }
     with pytest.raises(ValueError, match="even, at least 2, got 3"):
         layer_of(expand=3)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="ShortConvConfig.kernel is 0; it must be at least 1"):
         layer_of(kernel=0)
 
 

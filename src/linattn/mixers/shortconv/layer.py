@@ -58,8 +58,6 @@ class ShortConvLayer(nn.Module):
         super().__init__()
         if config.expand < 2 or config.expand % 2:
             raise ValueError(f"expand is split into two halves and must be even, at least 2, got {config.expand}")
-        if config.kernel < 1:
-            raise ValueError(f"kernel counts taps, the current token's included: at least 1, got {config.kernel}")
         self.config = config
         channels = config.expand // 2 * d_model
         self.in_proj = Linear(d_model, 2 * channels)
