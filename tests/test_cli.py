@@ -191,3 +191,10 @@ def test_wrong_requests(trained, capsys, tmp_path, argv, code, message):
 def test_the_installed_command():
     done = subprocess.run([sys.executable, "-m", "linattn.cli.main", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip()
+
+
+def test_bench_takes_its_op_by_place(tmp_path, capsys):
+    code, out, _ = call(
+        capsys, "bench", "taylor", "--cases", "b1-h2-t64-f4-v8", "--passes", "fwd", "--repeats", 2, "--out", tmp_path
+    )
+    assert code == 0 and "b1-h2-t64-f4-v8" in out

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from rich.console import Console
 
 from linattn.bench import cpu
@@ -21,11 +22,14 @@ from linattn.bench.timing import keep_pages
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+Op = Literal["taylor", "prefix", "lightning", "window", "shortconv", "softmax", "cpu", "decode"]
+
+
 @dataclass(frozen=True)
 class BenchConfig:
     """Gate, then measure; print a table, and record it if asked to."""
 
-    op: Literal["taylor", "prefix", "lightning", "window", "shortconv", "softmax", "cpu", "decode"] = "taylor"
+    op: Annotated[Op, tyro.conf.Positional] = "taylor"
     """A mixer; or cpu (cost and memory per token of every mixer, and rivals) or decode (the 360M models, one row)."""
     cases: tuple[str, ...] = ()
     """Shapes such as b4-h32-t8192-d128; none: the published ones. For cpu: mixers; for decode: models."""
