@@ -167,6 +167,21 @@ def count_heads(op: str, q: Tensor, k: Tensor, v: Tensor, state_heads: int | Non
     return heads
 
 
+def check_shared_kv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Softmax attention's rule for q, k, v [..., H, D]: k and v share one head count, which divides q's.
+
+    Raises:
+        ValueError: head counts or head dims that do not fit.
+    """
+    heads = q.shape[-2], k.shape[-2], v.shape[-2]
+    if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1] or not heads[0]:
+        raise ValueError(
+            f"{op}: k and v must have one head count that divides q's, got q {heads[0]}, k {heads[1]}, v {heads[2]}"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{op}: q and k must have one head dim, got {q.shape[-1]} and {k.shape[-1]}")
+
+
 def match_heads(x: Tensor, heads: int) -> Tensor:
     """x [B, T, h, D] as [B, T, heads, D], each head standing for heads/h neighbours. A copy unless h == heads."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)

@@ -17,6 +17,7 @@ from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
+    check_shared_kv,
     check_state,
     check_step,
     document_count,
@@ -73,7 +74,7 @@ def softmax_attention(
         ValueError: a shape, dtype or value that does not fit, with the value and the fix.
     """
     check_attention("softmax_attention", q, k, v)
-    _check_heads("softmax_attention", q, k, v)
+    check_shared_kv("softmax_attention", q, k, v)
     check_scale("softmax_attention", scale)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
@@ -117,7 +118,7 @@ def softmax_step_(
     """
 
     def room() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        _check_heads("softmax_step_", q, k, v)
+        check_shared_kv("softmax_step_", q, k, v)
         capacity = pool.k.shape[1]
         k_row, v_row = (capacity, *k.shape[1:]), (capacity, *v.shape[1:])
         return {"k": (k_row, k.dtype), "v": (v_row, v.dtype), "count": ((), torch.int32)}
@@ -128,17 +129,6 @@ def softmax_step_(
     step = choose(BACKENDS, call, backend).step_
     assert step is not None
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k, v [..., H, D]."""
-    heads = q.shape[-2], k.shape[-2], v.shape[-2]
-    if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1] or not heads[0]:
-        raise ValueError(
-            f"{op}: k and v must have one head count, which divides q's; q has {heads[0]}, k {heads[1]}, v {heads[2]}"
-        )
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{op}: q and k must have one head dim, got {q.shape[-1]} and {k.shape[-1]}")
 
 
 def _reference(inputs: Mapping[str, Any], initial_state: SoftmaxState | None = None) -> tuple[Tensor, SoftmaxState]:

@@ -17,6 +17,7 @@ from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
+    check_shared_kv,
     check_state,
     check_step,
     document_count,
@@ -77,7 +78,7 @@ def window_attention(
         ValueError: a shape, dtype or value that does not fit, with the value and the fix.
     """
     heads = check_attention("window_attention", q, k, v)
-    _check_heads("window_attention", q, k, v)
+    check_shared_kv("window_attention", q, k, v)
     _check_window("window_attention", window)
     check_scale("window_attention", scale)
     if cu_seqlens is not None:
@@ -124,7 +125,7 @@ def window_step_(
     check_scale("window_step_", scale)
 
     def room() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        _check_heads("window_step_", q, k, v)
+        check_shared_kv("window_step_", q, k, v)
         if pool.k.shape[1] != window:
             raise ValueError(f"window_step_: the pool's rings hold {pool.k.shape[1]} tokens, the window is {window}")
         k_row, v_row = (window, *k.shape[1:]), (window, *v.shape[1:])
@@ -142,17 +143,6 @@ def _check_window(op: str, window: int) -> None:
         raise ValueError(f"{op}: window must be an int, the number of keys seen, got {window!r}")
     if window < 1:
         raise ValueError(f"{op}: window counts keys, self included: at least 1, got {window}")
-
-
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k, v [..., H, D]."""
-    heads = q.shape[-2], k.shape[-2], v.shape[-2]
-    if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1] or not heads[0]:
-        raise ValueError(
-            f"{op}: k and v must have one head count that divides q's, got q {heads[0]}, k {heads[1]}, v {heads[2]}"
-        )
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{op}: q and k must have one head dim, got {q.shape[-1]} and {k.shape[-1]}")
 
 
 def _reference(inputs: Mapping[str, Any], initial_state: WindowState | None = None) -> tuple[Tensor, WindowState]:
