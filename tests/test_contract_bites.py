@@ -130,32 +130,35 @@ def test_a_law_catches(name):
     assert broken_laws(WRAPPED[name]()) != {}
 
 
-def no_second_order(x):
-    fx = FEATURES(x)
-    return torch.cat([fx[..., : 1 + x.shape[-1]], fx[..., 1 + x.shape[-1] :] * 0], -1)
-
-
-FEATURES = taylor_chunked.features
+MAPS = taylor_chunked._feature_maps
 SUMMARIZE = taylor_chunked._summarize_chunks
+FOLD = taylor_chunked._fold
 
 
-def leaking_pads(k, v, mask, lengths):
-    return SUMMARIZE(k * mask[..., None], v * mask[..., None], torch.ones_like(mask), lengths)
+def no_second_order(dim, like):
+    left, right = MAPS(dim, like)
+    return left * (torch.arange(left.shape[1]) <= dim), right
 
 
-def rounded_sums(k, v, mask, lengths):
-    return map_state(lambda x: x.bfloat16().to(x.dtype), SUMMARIZE(k, v, mask, lengths))
+def leaking_pads(maps, k, v, mask):
+    real = torch.ones_like(v[..., :1]) if mask is None else mask[..., None]
+    k, v = (torch.cat([x[..., :1], x[..., 1:] * real], -1) for x in (k, v))
+    return SUMMARIZE(maps, k, v, None)
 
 
-def carry_lost(combine, carry, added, fresh):
-    return chunks.scan(combine, added, fresh)
+def rounded_sums(maps, k, v, mask):
+    return map_state(lambda x: x.bfloat16().to(x.dtype), SUMMARIZE(maps, k, v, mask))
+
+
+def carry_lost(before, added):
+    return FOLD(map_state(torch.zeros_like, before), added)
 
 
 PATCHED = {
-    "second order dropped": (taylor_chunked, "features", no_second_order),
+    "second order dropped": (taylor_chunked, "_feature_maps", no_second_order),
     "pads leak through phi(0)": (taylor_chunked, "_summarize_chunks", leaking_pads),
     "bf16 accumulator": (taylor_chunked, "_summarize_chunks", rounded_sums),
-    "the carry between blocks lost": (chunks, "_with_carry", carry_lost),
+    "the carry between blocks lost": (taylor_chunked, "_fold", carry_lost),
     "resets not applied": (chunks, "select", lambda condition, x, y: y),
 }
 

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from linattn.core import chunks
 from linattn.core.mixer import Mixer, map_state
 from linattn.core.shapes import checked
 from linattn.mixers import lightning, prefix, shortconv, softmax, taylor, window
@@ -202,3 +203,32 @@ def test_offsets_are_a_tensor(name):
 def test_scales_are_numbers(name):
     with pytest.raises(ValueError, match="scale must be a float, got 'x'"):
         MIXERS[name].forward(inputs(name) | {"scale": "x"})
+
+
+@pytest.mark.parametrize("name", ["taylor", "lightning", "prefix", "window"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_leaves_the_sums_alone(name, compiled):
+    """Products under autocast return 16 bits, and a State would be summed from rounded chunks."""
+    mixer, given = MIXERS[name], inputs(name, batch=1)
+
+    def run():
+        return mixer.forward(given)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = (torch.compile(run, fullgraph=True, backend="eager") if compiled else run)()
+    want, final = run()
+    for got, right in zip((y, *state), (want, *final), strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("name", ["taylor", "lightning", "prefix"])
+@pytest.mark.parametrize("offsets", [None, [0, 70, 400, 700]])
+def test_blocks_do_not_show(name, offsets, monkeypatch):
+    """One block of six chunks is six blocks of one chunk."""
+    given = {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in inputs(name, 1, 700).items()}
+    packed = None if offsets is None else torch.tensor(offsets)
+    whole, final = MIXERS[name].forward(given, cu_seqlens=packed)
+    monkeypatch.setattr(chunks, "BLOCK_ROWS", 1)
+    pieces, state = MIXERS[name].forward(given, cu_seqlens=packed)
+    for got, want in zip((pieces, *state), (whole, *final), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -32,6 +32,11 @@ def test_the_order_of_features_is_public():
     torch.testing.assert_close(features(x), torch.tensor(want, dtype=torch.float64))
 
 
+def test_the_features_of_one_vector():
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(torch.stack([features(row) for row in x]), features(x))
+
+
 def test_the_state_of_273_features_gives_the_same_outputs():
     """The published 273 form folded to a State and read, against ours."""
     q, k, v = draw(1, 40, 1, 16), draw(1, 40, 1, 16, seed=1), draw(1, 40, 1, 8, seed=2)

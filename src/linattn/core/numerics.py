@@ -6,6 +6,9 @@ whole tensor: one wrong head among many must not be diluted by the right ones.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,14 @@ TORCH_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of ``dtype`` are summed: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products of x's device keep their inputs' dtype: autocast would sum in 16 bits."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def scale_floor(want: Tensor) -> float:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.core.chunks import plan_chunks, run_chunks, sum_chunks
-from linattn.core.numerics import sum_dtype
+from linattn.core.chunks import plan_chunks, run_chunks, sum_chunks, summary_size
+from linattn.core.numerics import full_precision, sum_dtype
 from linattn.core.pool import pool_rows
 from linattn.core.shapes import document_count, match_heads
 
@@ -46,10 +46,18 @@ def decayed(S: Tensor, log_decay: Tensor, added: Tensor) -> Tensor:
     each time the same way: the State of TransNormerLLM's last layer is then off by 1e-3 after 60,000 steps, and
     like this by 4e-6. A fast decay keeps exp, because S - S (1 - decay) would cancel.
     """
+    return _grow(S, added, *_factors(log_decay))
+
+
+def _factors(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a State, whole (1 or 0) and in part, is added to what follows; [..., H, 1, 1] each."""
     slow = log_decay > -0.5
     rest = torch.where(slow, log_decay.expm1(), log_decay.exp())
-    added = torch.addcmul(added, S, rest[..., None, None])
-    return torch.addcmul(added, S, slow[..., None, None].to(S.dtype))
+    return slow[..., None, None].to(log_decay.dtype), rest[..., None, None]
+
+
+def _grow(S: Tensor, added: Tensor, slow: Tensor, rest: Tensor) -> Tensor:
+    return torch.addcmul(torch.addcmul(added, S, rest), S, slow)
 
 
 def combine(earlier: LightningState, later: LightningState) -> LightningState:
@@ -57,11 +65,32 @@ def combine(earlier: LightningState, later: LightningState) -> LightningState:
     return LightningState(earlier.log_decay + later.log_decay, decayed(earlier.S, later.log_decay, later.S))
 
 
-def _summarize_chunks(k: Tensor, v: Tensor, log_decay: Tensor, mask: Tensor, lengths: Tensor) -> LightningState:
+def _to_end(log_decay: Tensor, size: int) -> Tensor:
+    """[H, C], what is left of each token at the end of a chunk of C."""
+    return torch.exp(log_decay[:, None] * torch.arange(size - 1, -1, -1, device=log_decay.device))
+
+
+def _summarize_chunks(
+    k: Tensor, v: Tensor, log_decay: Tensor, to_end: Tensor, mask: Tensor | None, lengths: Tensor | None
+) -> LightningState:
     """k [m, R, H, C, D], v [m, R, H, C, V] -> the State of each chunk's real tokens, whose last is undecayed."""
-    to_end = (lengths[..., None] - 1 - torch.arange(k.shape[3], device=k.device)).clamp(min=0)
-    decay = torch.exp(log_decay[:, None] * to_end[:, :, None]) * mask
-    return LightningState(lengths[..., None] * log_decay, (k * decay[..., None]).transpose(-1, -2) @ v)
+    C = k.shape[3]
+    if mask is None or lengths is None:
+        carried, decay = (log_decay * C).expand(*k.shape[:3]), to_end
+    else:
+        left = (lengths[..., None] - 1 - torch.arange(C, device=k.device)).clamp(min=0)
+        carried, decay = lengths[..., None] * log_decay, torch.exp(log_decay[:, None] * left[:, :, None]) * mask
+    return LightningState(carried, (k * decay[..., None]).transpose(-1, -2) @ v)
+
+
+def _fold(before: LightningState, added: LightningState) -> list[LightningState]:
+    """`combine`, chunk after chunk, with the factors of all chunks computed at once."""
+    slow, rest = _factors(added.log_decay)
+    states = [before]
+    for log_decay, S, *factors in zip(*(x.unbind() for x in (*added, slow, rest)), strict=True):
+        last = states[-1]
+        states.append(LightningState(last.log_decay + log_decay, _grow(last.S, S, *factors)))
+    return states
 
 
 def summarize(k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None = None) -> LightningState:
@@ -69,13 +98,16 @@ def summarize(k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None
     dtype, heads = sum_dtype(k.dtype), log_decay.shape[0]
     k, v = match_heads(k, heads).to(dtype), match_heads(v, heads).to(dtype)
     log_decay = log_decay.to(dtype)
+    size = summary_size(k.shape[1], CHUNK, cu_seqlens)
+    to_end = _to_end(log_decay, size)
 
-    def summarize_chunks(k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> LightningState:
-        return _summarize_chunks(k, v, log_decay, mask, lengths)
+    def summarize_chunks(k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None) -> LightningState:
+        return _summarize_chunks(k, v, log_decay, to_end, mask, lengths)
 
-    plan = plan_chunks(k.shape[0], k.shape[1], CHUNK, cu_seqlens, k.device)
+    plan = plan_chunks(k.shape[0], k.shape[1], size, cu_seqlens, k.device)
     zero = identity(document_count(k.shape[0], cu_seqlens), heads, k.shape[-1], v.shape[-1], k)
-    return sum_chunks(plan, (k, v), summarize_chunks, combine, zero)
+    with full_precision(k):
+        return sum_chunks(plan, (k, v), summarize_chunks, combine, zero, _fold)
 
 
 def forward(
@@ -103,21 +135,27 @@ def forward(
         initial_state = identity(rows, n_state, k.shape[-1], v.shape[-1], k)
     i = torch.arange(CHUNK, device=q.device)
     distance = (i[:, None] - i).clamp(min=0)
-    within = (torch.exp(log_decay[:, None, None] * distance) * (i[:, None] >= i)).unsqueeze(1)
+    within = torch.exp(log_decay[:, None, None] * distance).tril().unsqueeze(1)
     since = torch.exp(log_decay[:, None] * (i + 1))[:, None, :, None]
+    to_end = _to_end(log_decay, CHUNK)
 
-    def outputs(before: LightningState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    def outputs(
+        before: LightningState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
         # A group's queries stand below one another, so that its keys, values and State are read once.
         q = q.unflatten(2, (n_state, group))
         s = (q @ k.unsqueeze(3).transpose(-1, -2)) * within
-        o = s @ v.unsqueeze(3) + (q @ before.S.unsqueeze(3)) * since
+        o = torch.addcmul(s @ v.unsqueeze(3), q @ before.S.unsqueeze(3), since)
         return o.flatten(2, 3).to(out_dtype)
 
-    def summarize_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> LightningState:
-        return _summarize_chunks(k, v, log_decay, mask, lengths)
+    def summarize_chunks(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None
+    ) -> LightningState:
+        return _summarize_chunks(k, v, log_decay, to_end, mask, lengths)
 
     plan = plan_chunks(q.shape[0], q.shape[1], CHUNK, cu_seqlens, q.device)
-    return run_chunks(plan, (q, k, v), summarize_chunks, combine, outputs, initial_state, return_state)
+    with full_precision(q):
+        return run_chunks(plan, (q, k, v), summarize_chunks, combine, outputs, initial_state, return_state, _fold)
 
 
 def step_(

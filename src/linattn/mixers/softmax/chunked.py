@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from linattn.core.pool import pool_rows
 from linattn.core.shapes import values_are_checked
 
 BLOCK = 512
@@ -93,11 +94,13 @@ def forward(
     return o, state if initial_state is None else combine(initial_state, state)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """[B, T, H, D] in and out; causal unless there is a mask [B or 1, 1, Tq, Tk]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+    """[B, T, H, D] in and out; ``causal`` gives way to a mask [B or 1, 1, Tq, Tk]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+    )
     return o.transpose(1, 2)
 
 
@@ -147,13 +150,12 @@ def new_pool(state: SoftmaxState, slots: int, capacity: int | None = None) -> So
 
 def step_(q: Tensor, k: Tensor, v: Tensor, pool: SoftmaxState, slots: Tensor, *, scale: float) -> Tensor:
     """One token a row: q [B, Hq, D], k [B, H, D], v [B, H, V], slots int32 [B] -> o [B, Hq, V]; pool in place."""
-    capacity, scratch = pool.k.shape[1], pool.k.shape[0] - 1
-    idle = slots < 0
-    slots = torch.where(idle, scratch, slots).long()
-    count = torch.where(idle, 0, pool.count[slots])
-    reach = capacity
-    if values_are_checked(count):
-        reach = int(count.max()) + 1 if count.numel() else 1
+    rows, capacity = pool_rows(pool.count, slots), pool.k.shape[1]
+    count = pool.count.index_select(0, rows)
+    reach, equal = capacity, False
+    if values_are_checked(count) and count.numel():
+        least, most = (int(n) for n in count.aminmax())
+        reach, equal = most + 1, least == most
         if reach > capacity:
             full = int(slots[count.argmax()])
             raise ValueError(
@@ -161,11 +163,17 @@ def step_(q: Tensor, k: Tensor, v: Tensor, pool: SoftmaxState, slots: Tensor, *,
                 "make the pool with a larger capacity"
             )
     place = count.clamp(max=capacity - 1).long()
-    pool.k[slots, place], pool.v[slots, place] = k.to(pool.k.dtype), v.to(pool.v.dtype)
-    pool.count[slots] = torch.where(idle, 0, (count + 1).clamp(max=capacity))
-    mask = torch.arange(reach, device=q.device) <= place[:, None]
-    keys, values = (x[:, :reach].index_select(0, slots) for x in (pool.k, pool.v))
-    return _attend(q[:, None], keys, values, scale, mask[:, None, None])[:, 0]
+    for leaf, x in ((pool.k, k), (pool.v, v)):
+        leaf.flatten(0, 1).index_copy_(0, rows * capacity + place, x.to(leaf.dtype))
+    # Idle rows count nothing, so that the row that is no slot stays at 0.
+    pool.count.index_copy_(0, rows, (count + (slots >= 0)).clamp(max=capacity).to(count.dtype))
+    if equal and len(rows) == 1:
+        row = int(rows)
+        keys, values = (x[row : row + 1, :reach] for x in (pool.k, pool.v))
+    else:
+        keys, values = (x[:, :reach].index_select(0, rows) for x in (pool.k, pool.v))
+    mask = None if equal else (torch.arange(reach, device=q.device) <= place[:, None])[:, None, None]
+    return _attend(q[:, None], keys, values, scale, mask, causal=False)[:, 0]
 
 
 def take(pool: SoftmaxState, slots: Tensor) -> SoftmaxState:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.core.chunks import plan_chunks, run_chunks, sum_chunks
+from linattn.core.chunks import plan_chunks, run_chunks, sum_chunks, summary_size
 from linattn.core.mixer import map_state
-from linattn.core.numerics import sum_dtype
+from linattn.core.numerics import full_precision, sum_dtype
 from linattn.core.pool import pool_rows
-from linattn.core.shapes import match_heads
+from linattn.core.shapes import document_count, match_heads
 
 CHUNK = 128
 """Tokens a chunk: at F 16, V 64 the scores then cost half of what reading and adding to the State does."""
@@ -42,13 +42,27 @@ def features(x: Tensor) -> Tensor:
 
     Order: 1; x_0 .. x_{F-1}; then x_i x_j for i <= j, row by row, the squares over sqrt(2).
     """
-    dim = x.shape[-1]
-    i, j = torch.triu_indices(dim, dim, device=x.device)
-    halved = torch.cat([i.new_zeros(1 + dim, dtype=torch.bool), i == j])
-    coefficients = torch.ones(len(halved), device=x.device, dtype=x.dtype).masked_fill(halved, 1 / math.sqrt(2))
-    # Slices, not x[..., i] * x[..., j]: half the time forward, a third backward.
-    products = (column * x[..., n:] for n, column in enumerate(x.split(1, -1)))
-    return torch.cat([torch.ones_like(x[..., :1]), x, *products], -1) * coefficients
+    return _apply(_feature_maps(x.shape[-1], x), _with_one(x))
+
+
+def _feature_maps(dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Two [1 + F, P] whose products with (1, x) multiply to phi(x), in ``like``'s dtype and on its device."""
+    i, j = torch.triu_indices(dim + 1, dim + 1, device=like.device)
+    one = torch.eye(dim + 1, device=like.device, dtype=like.dtype)
+    halved = torch.ones(len(i), device=like.device, dtype=like.dtype).masked_fill((i == j) & (i > 0), 1 / math.sqrt(2))
+    return one.index_select(1, i), one.index_select(1, j) * halved
+
+
+def _apply(maps: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    """phi of (1, x) [..., 1 + F]: exact, since each sum has one term; a third of the time of columns times slices."""
+    left, right = (x.reshape(-1, x.shape[-1]) @ m for m in maps)
+    phi = left * right if torch.is_grad_enabled() else left.mul_(right)
+    return phi.view(*x.shape[:-1], phi.shape[-1])
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """(1, x): in q and k it makes 1 + s of the scores, in v it sums z."""
+    return torch.cat([x.new_ones(()).expand(*x.shape[:-1], 1), x], -1)
 
 
 def identity(batch: int, heads: int, feature_dim: int, value_dim: int, like: Tensor) -> TaylorState:
@@ -64,25 +78,52 @@ def combine(earlier: TaylorState, later: TaylorState) -> TaylorState:
     return map_state(torch.add, earlier, later)
 
 
-def _summarize_chunks(k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> TaylorState:
-    """k [m, R, H, C, F], v [m, R, H, C, V] -> sums over C. Padding counts for nothing though phi(0) is not 0."""
-    fk = features(k)
-    real = mask.to(v.dtype)
-    S = fk.transpose(-1, -2) @ v.masked_fill(~mask[..., None], 0)
-    return TaylorState(S, (real.unsqueeze(-2).expand(*v.shape[:3], 1, -1) @ fk).squeeze(-2))
+class _Sums(NamedTuple):
+    """A State in one piece, [..., P, V + 1]: values begin with a one, whose sum is z."""
+
+    S: Tensor
+
+
+def _sums(state: TaylorState) -> _Sums:
+    return _Sums(torch.cat([state.z[..., None], state.S], -1))
+
+
+def _state(sums: _Sums) -> TaylorState:
+    return TaylorState(sums.S[..., 1:].contiguous(), sums.S[..., 0].contiguous())
+
+
+def _fold(before: _Sums, added: _Sums) -> list[_Sums]:
+    states = [before]
+    for chunk in added.S.unbind():
+        states.append(_Sums(states[-1].S + chunk))
+    return states
+
+
+def _summarize_chunks(maps: tuple[Tensor, Tensor], k: Tensor, v: Tensor, mask: Tensor | None) -> _Sums:
+    """(1, k) [m, R, H, C, 1 + F], (1, v) [m, R, H, C, 1 + V] -> sums over C; padding counts for nothing."""
+    return _Sums(_apply(maps, k).transpose(-1, -2) @ (v if mask is None else v.masked_fill(~mask[..., None], 0)))
 
 
 def summarize(k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> TaylorState:
     """The State of k [B, T, Hk, F], v [B, T, Hv, V] read from nothing; ``lengths`` [B] leaves out what lies beyond."""
     heads = max(k.shape[2], v.shape[2])
     dtype = sum_dtype(k.dtype)
-    k, v = match_heads(k, heads).to(dtype), match_heads(v, heads).to(dtype)
-    plan = plan_chunks(k.shape[0], k.shape[1], CHUNK, cu_seqlens, k.device)
-    if lengths is not None:
-        plan = plan.limited(lengths)
-    rows = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    zero = identity(rows, heads, k.shape[-1], v.shape[-1], k)
-    return sum_chunks(plan, (k, v), _summarize_chunks, combine, zero)
+    with full_precision(k):
+        k, v = match_heads(k, heads).to(dtype), match_heads(v, heads).to(dtype)
+        maps = _feature_maps(k.shape[-1], k)
+
+        def summarize_chunks(k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None) -> _Sums:
+            return _summarize_chunks(maps, k, v, mask)
+
+        plan = plan_chunks(k.shape[0], k.shape[1], summary_size(k.shape[1], CHUNK, cu_seqlens), cu_seqlens, k.device)
+        if lengths is not None:
+            plan = plan.limited(lengths)
+        zero = _sums(identity(document_count(k.shape[0], cu_seqlens), heads, k.shape[-1], v.shape[-1], k))
+        return _state(sum_chunks(plan, (k, v), summarize_chunks, _add, zero, _fold, _with_one))
+
+
+def _add(earlier: _Sums, later: _Sums) -> _Sums:
+    return _Sums(earlier.S + later.S)
 
 
 def forward(
@@ -103,33 +144,33 @@ def forward(
     group = n_out // n_state
     q = match_heads(q, n_out).to(dtype) * scale
     k, v = match_heads(k, n_state).to(dtype), match_heads(v, n_state).to(dtype)
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
-        initial_state = identity(rows, n_state, k.shape[-1], v.shape[-1], k)
-    future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1).repeat(group, 1)
-    half = torch.full((), 0.5, dtype=dtype, device=q.device)
+        initial_state = identity(document_count(q.shape[0], cu_seqlens), n_state, k.shape[-1], v.shape[-1], k)
+    maps, half = _feature_maps(k.shape[-1], k), k.new_full((), 0.5)
 
-    def outputs(before: TaylorState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    def outputs(before: _Sums, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
         # A group's queries stand below one another, so that its keys, values and State are read once.
-        heads = q.shape[:3]
+        heads, C = q.shape[:2], q.shape[3]
         q = q.unflatten(2, (n_state, group)).flatten(3, 4).flatten(0, 2)
-        k, v = k.flatten(0, 2), v.flatten(0, 2)
-        S, z = (leaf.flatten(0, 2) for leaf in before)
-        # 1 + s + s^2/2 = ((1 + s)^2 + 1) / 2: one pass over the scores where the sum would take four.
-        s = torch.baddbmm(half.new_ones(1, 1, 1), q, k.transpose(1, 2))
-        # Filled, not multiplied by 0: the square of a large score overflows, and infinity times 0 is NaN.
-        w = torch.addcmul(half, s, s, value=0.5).masked_fill_(future, 0)
-        fq = features(q)
-        y = torch.baddbmm(w @ v, fq, S)
-        if normalize:
-            y = y / torch.baddbmm(w.sum(-1, keepdim=True), fq, z[..., None])
-        return y.to(out_dtype).unflatten(0, (*heads[:2], n_state)).unflatten(3, (group, CHUNK)).flatten(2, 3)
+        k, v, S = (x.flatten(0, 2) for x in (k, v, before.S))
+        # Before the scores, so that they and the features, the largest of all, are not there together.
+        y = _apply(maps, q) @ S
+        # 1 + s + s^2/2 = ((1 + s)^2 + 1) / 2, and 1 + s is what (1, q) . (1, k) gives.
+        s = (q @ k.transpose(1, 2)).unflatten(1, (group, C))
+        # Cut off, not multiplied by 0: the square of a large score overflows, and infinity times 0 is NaN.
+        y = torch.baddbmm(y, torch.addcmul(half, s, s, value=0.5).tril_().flatten(1, 2), v)
+        y = y[..., 1:] / y[..., :1] if normalize else y[..., 1:]
+        return y.to(out_dtype).unflatten(0, (*heads, n_state)).unflatten(3, (group, C)).flatten(2, 3)
 
-    def summarize_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lengths: Tensor) -> TaylorState:
-        return _summarize_chunks(k, v, mask, lengths)
+    def summarize_chunks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor | None) -> _Sums:
+        return _summarize_chunks(maps, k, v, mask)
 
     plan = plan_chunks(q.shape[0], q.shape[1], CHUNK, cu_seqlens, q.device)
-    return run_chunks(plan, (q, k, v), summarize_chunks, combine, outputs, initial_state, return_state)
+    with full_precision(q):
+        y, sums = run_chunks(
+            plan, (q, k, v), summarize_chunks, _add, outputs, _sums(initial_state), return_state, _fold, _with_one
+        )
+    return y, None if sums is None else _state(sums)
 
 
 def step_(
@@ -140,8 +181,9 @@ def step_(
     dtype, out_dtype = pool.S.dtype, v.dtype
     n_state = pool.S.shape[1]
     q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-    fq = features(match_heads(q, max(q.shape[2], n_state))[:, 0].to(dtype) * scale).unflatten(1, (n_state, -1))
-    fk = features(match_heads(k, n_state)[:, 0].to(dtype))
+    q, k = match_heads(q, max(q.shape[2], n_state))[:, 0].to(dtype) * scale, match_heads(k, n_state)[:, 0].to(dtype)
+    fq, fk = features(torch.cat([q, k], 1)).split([q.shape[1], n_state], 1)
+    fq = fq.unflatten(1, (n_state, -1))
     v = match_heads(v, n_state)[:, 0].to(dtype)
     S = pool.S.index_select(0, rows).addcmul_(fk[..., None], v[..., None, :])
     z = pool.z.index_select(0, rows).add_(fk)

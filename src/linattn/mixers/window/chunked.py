@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linattn.core.chunks import Plan, cut, join, plan_chunks
-from linattn.core.numerics import sum_dtype
+from linattn.core.numerics import full_precision, sum_dtype
 from linattn.core.pool import pool_rows
 from linattn.core.tails import append_count, append_tail, last_count, last_rows, ring_of_tail, tail_of_ring
 
@@ -22,8 +22,8 @@ QUERIES = 64
 MIN_CHUNK = 128
 """Tokens a chunk, at least."""
 
-BLOCK_SCORES = {"cpu": 2**18, "other": 2**25}
-"""Scores that exist at a time, about: 1 MiB in fp32 stays in a CPU's cache, 128 MiB keep another device busy."""
+BLOCK_SCORES = {"cpu": 2**19, "other": 2**25}
+"""Scores that exist at a time, about: 2 MiB in fp32 stay in a CPU's cache, 128 MiB keep another device busy."""
 
 
 class WindowState(NamedTuple):
@@ -87,7 +87,8 @@ def forward(
     before = before._replace(k=before.k.to(k.dtype), v=before.v.to(v.dtype))
     size = max(MIN_CHUNK, -(-(window - 1) // QUERIES) * QUERIES)
     plan = plan_chunks(q.shape[0], q.shape[1], size, cu_seqlens, q.device)
-    y = join(torch.cat(_blocks(plan, q, k, v, before, scale)), plan)
+    with full_precision(q):
+        y = join(_blocks(plan, q, k, v, before, scale), plan)
     if not return_state:
         return y, None
     read = summarize(k, v, window, cu_seqlens)
@@ -96,49 +97,65 @@ def forward(
 
 def _blocks(plan: Plan, q: Tensor, k: Tensor, v: Tensor, before: WindowState, scale: float) -> list[Tensor]:
     """The outputs [chunks, R, Hq, C, V] of each block of chunks; scores exist for one piece of one block at a time."""
-    past = before.k.shape[1]
+    past, dtype = before.k.shape[1], sum_dtype(q.dtype)
     scores = q.shape[0] * q.shape[2] * QUERIES * (QUERIES + past)
     block = max(1, BLOCK_SCORES["cpu" if q.device.type == "cpu" else "other"] // max(1, scores))
-    starts = torch.arange(plan.lengths.shape[0], device=q.device)[:, None] == 0
-    starts = (starts if plan.fresh is None else plan.fresh).split(block)
-    documents = [None] * len(starts) if plan.document is None else plan.document.split(block)
+    never = _never(past, dtype, q.device)
     # Keys of a State have the layout of a chunk: [N, H, W-1, D].
     states = before.k.transpose(1, 2), before.v.transpose(1, 2)
     carries = [state[:1] if plan.fresh is not None else state for state in states]
     ys = []
     q_blocks, *kv_blocks = (cut(x, plan).split(block) for x in (q, k, v))
-    for n, (queries, fresh, document) in enumerate(zip(q_blocks, starts, documents, strict=True)):
+    for n, queries in enumerate(q_blocks):
+        chunks = slice(n * block, n * block + queries.shape[0])
+        document = None if plan.document is None else plan.document[chunks]
         seen = []
         for i, (blocks, state) in enumerate(zip(kv_blocks, states, strict=True)):
             chunk = blocks[n]
             tails = chunk[..., plan.size - past :, :]
             ahead = torch.cat([carries[i][None], tails[:-1]])
-            if document is not None:
-                ahead = torch.where(fresh[..., None, None, None], state[document][:, None], ahead)
-            seen.append(torch.cat([ahead, chunk], -2).to(sum_dtype(q.dtype)))
+            if document is not None and plan.fresh is not None:
+                ahead = torch.where(plan.fresh[chunks, :, None, None, None], state[document][:, None], ahead)
+            seen.append(torch.cat([ahead, chunk], -2).to(dtype))
             carries[i] = tails[-1]
-        count = before.count if document is None else before.count.long()[document][:, None]
-        missing = torch.where(fresh, past - count, 0)
-        ys.append(_attend(queries, seen[0], seen[1], missing, scale).to(v.dtype))
+        missing = None
+        if document is not None and plan.fresh is not None:
+            missing = torch.where(plan.fresh[chunks], past - before.count.long()[document][:, None], 0)
+        elif n == 0:
+            missing = (past - before.count)[None]
+        ys.append(_attend(queries.to(dtype).contiguous(), seen[0], seen[1], never, missing, scale).to(v.dtype))
     return ys
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, missing: Tensor, scale: float) -> Tensor:
-    """q [m, R, Hq, C, D] on k, v [m, R, H, W-1 + C, D or V], whose first ``missing`` [m, R] rows are not real."""
-    past = k.shape[-2] - q.shape[-2]
-    group = q.shape[2] // k.shape[2]
-    row = torch.arange(QUERIES, device=q.device)[:, None]
+def _never(past: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[QUERIES, QUERIES + W-1], -inf on the keys of a piece that a query does not see though all are real, else 0.
+
+    Added to the scores: filling them under a mask takes five times as long.
+    """
+    row = torch.arange(QUERIES, device=device)[:, None]
+    column = torch.arange(QUERIES + past, device=device)
+    far = (column < row) | (column > row + past)
+    return torch.zeros(far.shape, dtype=dtype, device=device).masked_fill(far, float("-inf"))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, never: Tensor, missing: Tensor | None, scale: float) -> Tensor:
+    """q [m, R, Hq, C, D] on k, v [m, R, H, W-1 + C, D or V]; ``missing`` [<= m, R] first rows are not real."""
+    past, heads = k.shape[-2] - q.shape[-2], k.shape[2]
+    group = q.shape[2] // heads
     column = torch.arange(QUERIES + past, device=q.device)
-    near = (column >= row) & (column <= row + past)
     ys = []
     for i, piece in enumerate(q.split(QUERIES, -2)):
-        ends = i * QUERIES, (i + 1) * QUERIES + past
-        real = column + ends[0] >= missing[..., None]
-        hidden = ~(near & real[:, :, None])[:, :, None, None]
+        ends, hidden = (i * QUERIES, (i + 1) * QUERIES + past), never
+        if missing is not None:
+            unreal = column + ends[0] < missing[..., None]
+            hidden = never.masked_fill(unreal[:, :, None], float("-inf"))
+            if len(missing) < len(q):
+                hidden = torch.cat([hidden, never.expand(len(q) - len(missing), *hidden.shape[1:])])
+            hidden = hidden[:, :, None, None]
         # A group's queries stand below one another, so that its keys and values are read once.
-        piece = piece.unflatten(2, (k.shape[2], group)).flatten(3, 4).to(k.dtype) * scale
-        s = piece @ k[..., ends[0] : ends[1], :].transpose(-1, -2)
-        w = s.unflatten(3, (group, QUERIES)).masked_fill(hidden, float("-inf")).softmax(-1)
+        piece = piece.unflatten(2, (heads, group)).flatten(3, 4)
+        s = (piece * scale) @ k[..., ends[0] : ends[1], :].transpose(-1, -2)
+        w = (s.unflatten(3, (group, QUERIES)) + hidden).softmax(-1)
         y = w.flatten(3, 4) @ v[..., ends[0] : ends[1], :]
         ys.append(y.unflatten(3, (group, QUERIES)).flatten(2, 3))
     return torch.cat(ys, -2)
