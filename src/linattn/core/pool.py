@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from linattn.core.mixer import map_state
@@ -24,7 +23,7 @@ def new_pool(state: S, slots: int, capacity: int | None = None) -> S:
 
 def pool_rows(leaf: Tensor, slots: Tensor) -> Tensor:
     """The rows int64 [B] of a pool's leaf that slots int [B] name; -1 becomes the row that is no slot."""
-    return torch.where(slots < 0, leaf.shape[0] - 1, slots).long()
+    return slots.long() % leaf.shape[0]
 
 
 def take(pool: S, slots: Tensor) -> S:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linattn.core.config import require_positive
 from linattn.core.mixer import map_state, state_bytes
+from linattn.core.pool import pool_rows
 from linattn.core.shapes import (
     Segment,
     check_cu_seqlens,
@@ -346,14 +347,14 @@ class Decoder(nn.Module):
 
         The pool's states are rewritten in place.
         """
-        rows = torch.where(slots < 0, pool.tokens.shape[0] - 1, slots).long()
-        positions = pool.tokens[rows]
+        rows = pool_rows(pool.tokens, slots)
+        positions = pool.tokens.index_select(0, rows)
         dtype = self.embedding.weight.dtype
         x = self.embedding(tokens)
         x = x if dtype == torch.float64 else x.float()
         for block, room in zip(self.blocks, pool.layers, strict=True):
             x = block.step_(x, room, slots, positions, dtype)
-        pool.tokens[rows] = positions + 1
+        pool.tokens.index_copy_(0, rows, positions + 1)
         return self.logits(self.norm(x))
 
 
