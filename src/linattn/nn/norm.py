@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linattn.core.numerics import sum_dtype
@@ -31,10 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     """
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"the weight has shape {list(weight.shape)}; x {list(x.shape)} needs [{x.shape[-1]}]")
-    wide = x.to(sum_dtype(x.dtype))
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.to(y.dtype)
+    dtype = sum_dtype(x.dtype)
+    y = F.rms_norm(x.to(dtype), x.shape[-1:], None if weight is None else weight.to(dtype), eps)
     return y.to(x.dtype)
 
 
