@@ -796,6 +796,27 @@ def test_signal_saves_and_resume_is_bit_equal(whole, tmp_path, number, monkeypat
     assert same_files(Path(config.out) / "step-00000012", folder / "step-00000012")
 
 
+def test_a_run_that_went_on_elsewhere_names_the_command_that_goes_on(whole, tmp_path, monkeypatch):
+    config, folder = whole
+    config = replace(config, out=str(tmp_path / "elsewhere"))
+    step = loop._gradients
+
+    def interrupted(run, *args):
+        if run.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, *args)
+
+    monkeypatch.setattr(loop, "_gradients", interrupted)
+    first = str(folder / "step-00000004")
+    with pytest.raises(TrainingStopped, match="and the same command with --resume auto goes on from there"):
+        run_quietly(config, resume=first)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="already holds step-00000007"):
+        run_quietly(config, resume=first)
+    run_quietly(config, resume="auto")
+    assert same_files(Path(config.out) / "step-00000012", folder / "step-00000012")
+
+
 def test_signal_during_evaluation_is_heard_and_the_evaluation_made_up(whole, tmp_path, monkeypatch):
     config, folder = whole
     config = replace(config, out=str(tmp_path / "stopped"))

@@ -86,6 +86,8 @@ class Run:
     optimizer: torch.optim.AdamW
     progress: RunProgress
     carried: ModelState | None = None
+    resume: str = "auto"
+    """What `find_checkpoint` was given."""
 
 
 def find_checkpoint(out: str | Path, resume: str) -> Path | None:
@@ -113,6 +115,15 @@ def find_checkpoint(out: str | Path, resume: str) -> Path | None:
         raise ValueError(f"{out}: already holds {found[-1].name}; leave out --resume (resume='auto') to go on from it, "
                          f"or give another out to go on from {path}")  # fmt: skip
     return path
+
+
+def command_to_go_on(run: Run) -> str:
+    """What goes on with a run that stopped: its own command, or that without the --resume it would be refused for."""
+    try:
+        find_checkpoint(run.config.out, run.resume)
+    except ValueError:
+        return "the same command with --resume auto"
+    return "the same command"
 
 
 def checkpoint_path(run: Run) -> Path:

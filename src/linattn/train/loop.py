@@ -28,6 +28,7 @@ from linattn.train.checkpoint import (
     Run,
     RunProgress,
     checkpoint_path,
+    command_to_go_on,
     empty_carried,
     find_checkpoint,
     load_checkpoint,
@@ -100,7 +101,7 @@ def train(config: TrainConfig, resume: str = "auto", display: Display | None = N
         if stop and _fraction(run) < 1:
             raise TrainingStopped(
                 f"Stopped by {stop.name} after step {progress.step} of {config.steps}; everything is saved in "
-                f"{config.out}, and the same command goes on from there."
+                f"{config.out}, and {command_to_go_on(run)} goes on from there."
             )
     done = {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds}
     return {**done, **{k: v for k, v in progress.evaluation.items() if k != "step"}}
@@ -177,7 +178,8 @@ def _open_run(config: TrainConfig, resume: str) -> tuple[Run, Path | None]:
         )
     model = new_model(config, device)
     carried = empty_carried(model, config.batch) if config.stateful else None
-    return Run(config, shards, tokenizer, model, make_optimizer(model, config.optimizer), RunProgress(), carried), path
+    optimizer = make_optimizer(model, config.optimizer)
+    return Run(config, shards, tokenizer, model, optimizer, RunProgress(), carried, resume), path
 
 
 def new_model(config: TrainConfig, device: torch.device) -> Decoder:
@@ -288,7 +290,7 @@ def _unwritten(run: Run, what: str, error: OSError) -> TrainingStopped:
     whole = checkpoints(Path(run.config.out))
     kept = f"the checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
     return TrainingStopped(
-        f"{what} could not be written ({error}); {kept}. Free some space and run the same command again."
+        f"{what} could not be written ({error}); {kept}. Free some space and run {command_to_go_on(run)} again."
     )
 
 
@@ -305,7 +307,8 @@ def _not_finite(run: Run, feed: Feed, result: Gradients) -> TrainingStopped:
             _save(run)
         except TrainingStopped as unsaved:
             return TrainingStopped(f"{found} {unsaved} Before that: {fix[0].lower()}{fix[1:]}.")
-    return TrainingStopped(f"{found} {fix}; then the same command goes on from {path}, the run before this update.")
+    again = command_to_go_on(run)
+    return TrainingStopped(f"{found} {fix}; then {again} goes on from {path}, the run before this update.")
 
 
 def _introduce(run: Run, path: Path | None) -> str:
