@@ -7,22 +7,40 @@ from typing import Literal
 
 import torch
 
-from linattn.data import Tokenizer, bundled_names, bundled_text
+from linattn.cli.published import read_published
+from linattn.data import Tokenizer, bundled_names, bundled_text, load_tokenizer
 from linattn.models import Decoder, ModelConfig
+from linattn.models.published import is_published
+from linattn.models.published.hub import is_hub_name
 from linattn.train import load_model, load_model_tokenizer
 
 Dtype = Literal["fp32", "bf16", "stored"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}
 
 
-def load(path: Path, device: str, dtype: Dtype) -> tuple[Decoder, ModelConfig, Tokenizer]:
-    """The model at ``path`` (a checkpoint, an export, a run's newest checkpoint), its configuration and tokenizer."""
+def load(
+    path: Path, device: str, dtype: Dtype, tokenizer: Path | None = None
+) -> tuple[Decoder, ModelConfig, Tokenizer]:
+    """The model at ``path``, its configuration and its tokenizer.
+
+    Args:
+        path: a checkpoint, an export, a run (its newest checkpoint), a published checkpoint's folder, or the name of
+            one on the hub.
+        device: "cpu", "cuda" or "auto".
+        dtype: of the weights.
+        tokenizer: a tokenizer.json, instead of the model's own.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda, but torch sees no GPU here; use --device cpu")
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "stored": None}
-    model, config = load_model(path, device, kinds[dtype])
-    return model, config, load_model_tokenizer(path)
+    if is_published(path) or is_hub_name(path):
+        found = read_published(path, DTYPES[dtype], tokenizer)
+        if found.tokenizer is None:
+            raise ValueError(f"{path}: has no tokenizer.json; give one with --tokenizer to linattn generate or convert")
+        return found.decoder(device), found.config, found.tokenizer
+    model, config = load_model(path, device, DTYPES[dtype])
+    return model, config, load_model_tokenizer(path) if tokenizer is None else load_tokenizer(tokenizer)
 
 
 def read_text(name: str) -> str:

@@ -1,4 +1,7 @@
-"""`linattn generate MODEL "prompt"`: continue text, also from a state that `linattn read` saved."""
+"""`linattn generate MODEL "prompt"`: continue text, also from a state that `linattn read` saved.
+
+MODEL is the first argument or follows --model: a folder, or a published model's name on the hub.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ class GenerateArgs:
     """Continue prompts with a trained model."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint folder, or a run's folder (its newest checkpoint)."""
+    """A checkpoint folder, a run's (its newest checkpoint), a published checkpoint's, or a name on the hub such as
+    hazyresearch/based-360m. Also as --model MODEL."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """One or more prompts, continued side by side; "-" reads one from standard input."""
     state: Path | None = None
@@ -40,19 +44,21 @@ class GenerateArgs:
     """auto: a GPU if there is one."""
     dtype: Dtype = "stored"
     """Dtype of the weights."""
+    tokenizer: Path | None = None
+    """A tokenizer.json to use instead of the model's own."""
     json: bool = False
     """Print one JSON object a prompt instead of streaming text."""
 
 
 def run(argv: list[str]) -> int:
     """Generate: one prompt streams to standard output, several are printed when done."""
-    args = tyro.cli(GenerateArgs, args=argv, prog="linattn generate")
+    args = tyro.cli(GenerateArgs, args=_model_first(argv), prog="linattn generate")
     prompts = [sys.stdin.read() if p == "-" else p for p in args.prompts]
     if not prompts:
         raise ValueError('give a prompt: linattn generate MODEL "Once upon a time"')
     if args.save_state is not None and len(prompts) != 1:
         raise ValueError(f"--save-state takes one prompt, got {len(prompts)}")
-    model, _, tokenizer = load(args.model, args.device, args.dtype)
+    model, _, tokenizer = load(args.model, args.device, args.dtype, args.tokenizer)
     if args.context is not None:
         from linattn.cli.common import read_text
 
@@ -88,3 +94,13 @@ def run(argv: list[str]) -> int:
         save_snapshot(args.save_state, model, results[0].state, tokenizer.hash)
         print(f"state of {int(results[0].state.tokens[0]):,} tokens in {args.save_state}", file=sys.stderr)
     return 0
+
+
+def _model_first(argv: list[str]) -> list[str]:
+    """``argv`` with ``--model MODEL``, if it is there, in the place of the first argument."""
+    for i, arg in enumerate(argv):
+        if arg == "--model" and i + 1 < len(argv):
+            return [argv[i + 1], *argv[:i], *argv[i + 2 :]]
+        if arg.startswith("--model="):
+            return [arg.removeprefix("--model="), *argv[:i], *argv[i + 1 :]]
+    return argv

@@ -18,6 +18,10 @@ VERBS = {
     "eval": ("linattn.cli.evaluate", "perplexity and bits per byte of a checkpoint on held-out shards or text"),
     "generate": ("linattn.cli.generate", "continue a prompt, also from a saved state"),
     "read": ("linattn.cli.read", "read a text of any length into a state on disk"),
+    "convert": (
+        "linattn.cli.convert",
+        "a published checkpoint, of a folder or the hub, to one that every verb reads",
+    ),
     "info": ("linattn.cli.info", "sizes of a model: parameters, state bytes, FLOPs"),
     "doctor": ("linattn.cli.doctor", "which backend each op takes on this machine, and why"),
     "bench": ("linattn.cli.bench", "speed as a record: the laws first, then times beside floors and peers"),
