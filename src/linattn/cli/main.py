@@ -22,6 +22,7 @@ VERBS = {
         "linattn.cli.convert",
         "a published checkpoint, of a folder or the hub, to one that every verb reads",
     ),
+    "export": ("linattn.cli.export", "a trained model for Hugging Face transformers"),
     "info": ("linattn.cli.info", "sizes of a model: parameters, state bytes, FLOPs"),
     "doctor": ("linattn.cli.doctor", "which backend each op takes on this machine, and why"),
     "bench": ("linattn.cli.bench", "speed as a record: the laws first, then times beside floors and peers"),
