@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 export GOMP_SPINCOUNT = 1000
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all test-wheel lint bench clean
+.PHONY: demo test test-all test-wheel test-slow lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +20,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint test-wheel
-	$(PYTEST) -m "not gpu"
+test-all: lint test test-wheel test-slow
+
+# Soak, load and the full demo, one after another and on all cores: about fifteen minutes on two.
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n 0 -m "slow and not gpu"
 
 # The same tests against the built wheel, in a virtual environment that has never seen the source tree's package.
 test-wheel: $(VENV)/installed

@@ -1,10 +1,13 @@
-"""The README is true: its Python runs, its commands run, its tree exists, and what it quotes is in the records."""
+"""The README and docs/ are true: their Python runs, the README's commands run, and the tree and links exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from linattn.cli.main import VERBS, main
 
@@ -29,18 +32,23 @@ def test_python_runs(capsys):
 
 
 def test_commands_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")  # one of them exports
     book = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse.\n"
     (tmp_path / "book.txt").write_text(book * 300)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "hf")
+    write_released(tmp_path / "released")
     monkeypatch.chdir(tmp_path)
     ran = []
     for command in commands():
         verb, *rest = shlex.split(command)[1:]
         if "--text" in rest:  # the whole of Moby Dick is for the demo
             rest[rest.index("--text") + 1] = "book.txt"
+        if verb == "convert":  # there is no network here
+            rest[0] = "released"
         assert main([verb, *rest, *SHORTER.get(verb, [])]) == 0, command
         ran.append(verb)
-    assert ran == ["prepare", "train", "eval", "read", "generate", "info", "doctor"]
+    assert ran == ["prepare", "train", "eval", "read", "generate", "export", "convert", "info", "doctor"]
     assert set(ran) < VERBS.keys()
 
 
@@ -62,7 +70,36 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 150
 
 
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
+def write_released(folder):
+    """A checkpoint in the published format of Based, tiny and random."""
+    import published_tables
+
+    config = published_tables.based_config(
+        d=24, layers=5, heads=2, linear=(1, 4), window=(2,), feature_dim=4, window_size=8, vocab=37
+    )
+    weights = {name: torch.randn(shape) for name, shape in published_tables.based_shapes(config).items()}
+    weights["lm_head.weight"] = weights["transformer.embeddings.word_embeddings.weight"].clone()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
-def test_the_documentation_runs(page):
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
-        exec(compile(code, page.name, "exec"), {})
+def test_the_documentation_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page are one session, from top to bottom, in a folder that has a checkpoint to convert."""
+    if "linattn.hf" in page.read_text():
+        pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "hf")
+    write_released(tmp_path / "checkpoints" / "released")
+    monkeypatch.chdir(tmp_path)
+    session = {}
+    for code in blocks(page):
+        exec(compile(code, page.name, "exec"), session)
+
+
+def test_the_quickstart_has_blocks_to_run():
+    assert len(blocks(ROOT / "docs" / "quickstart.md")) == 5
