@@ -1,6 +1,7 @@
 """Plain modules: norms, rotary positions, gated MLPs, embedding and head, cross-entropy. No state."""
 
 from linattn.nn.embedding import Embedding, Head, cut_logits, padded_vocab
+from linattn.nn.gated_norm import gated_rms_norm
 from linattn.nn.linear import Linear, linear
 from linattn.nn.loss import cross_entropy
 from linattn.nn.mlp import SGLU, SwiGLU
@@ -20,6 +21,7 @@ __all__ = [
     "apply_rotary",
     "cross_entropy",
     "cut_logits",
+    "gated_rms_norm",
     "linear",
     "make_norm",
     "padded_vocab",

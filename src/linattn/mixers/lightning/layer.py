@@ -23,7 +23,7 @@ from linattn.mixers.lightning import (
     paper_log_decay,
     tnl_log_decay,
 )
-from linattn.nn import LRPE, Linear, SimpleRMSNorm
+from linattn.nn import LRPE, Linear, SimpleRMSNorm, gated_rms_norm
 
 LOG_DECAYS = {"tnl": tnl_log_decay, "paper": paper_log_decay, "minimax": minimax_log_decay}
 
@@ -121,17 +121,22 @@ class LightningLayer(nn.Module):
         return self
 
     def heads(self, x: Tensor, positions: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """The op's inputs, q, k [..., H, D] and v [..., H, V], and the gate [..., hidden] of x [..., d_model]."""
+        """The op's inputs, q, k [..., H, D] and v [..., H, V], and the gate before its activation [..., hidden]."""
         if self.config.form == "tnl":
             q, k, v, gate = self.qkvu_proj(x).chunk(4, -1)
             q, k = F.silu(q), F.silu(k)
         else:
             q, k, v = F.silu(self.qkv_proj(x)).chunk(3, -1)
-            gate = self.output_gate(x).sigmoid()
+            gate = self.output_gate(x)
         q, k, v = (h.unflatten(-1, (self.config.n_heads, -1)) for h in (q, k, v))
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         return {"q": q, "k": k, "v": v, "log_decay": self.log_decay}, gate
+
+    def gated_norm(self, o: Tensor, gate: Tensor) -> Tensor:
+        """o [..., H, V], normalised over all heads together, times the gate [..., hidden], activated here."""
+        activation = "sigmoid" if self.config.form == "tnl3" else None
+        return gated_rms_norm(o.flatten(-2), gate, self.norm.eps, activation=activation)
 
     def forward(
         self, x: Tensor, state: LightningState | None, segment: Segment, return_state: bool = True
@@ -142,7 +147,7 @@ class LightningLayer(nn.Module):
         o, state = lightning_attention(
             **inputs, initial_state=state, cu_seqlens=segment.cu_seqlens, return_state=return_state
         )
-        return self.out_proj(self.norm(o.flatten(-2)) * gate), state
+        return self.out_proj(self.gated_norm(o, gate)), state
 
     def identity(self, documents: int) -> LightningState:
         """The State that has read nothing."""
@@ -155,4 +160,4 @@ class LightningLayer(nn.Module):
         """One token a row: x [B, d_model], positions int64 [B] -> y [B, d_model]; the pool in place."""
         inputs, gate = self.heads(x, positions)
         o = lightning_step_(**inputs, pool=pool, slots=slots)
-        return self.out_proj(self.norm(o.flatten(-2)) * gate)
+        return self.out_proj(self.gated_norm(o, gate))
