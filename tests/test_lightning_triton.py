@@ -16,12 +16,14 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
 
-from linattn.core import laws
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linattn.core import laws, tiles
 from linattn.core.dispatch import Backend, anything
 from linattn.core.laws import Subject
 from linattn.core.numerics import relative_error
 from linattn.mixers import lightning
-from linattn.mixers.lightning import chunked, operators
+from linattn.mixers.lightning import LightningState, chunked, operators
 from linattn.mixers.lightning import triton as kernels
 from linattn.mixers.lightning.cases import LightningCase
 
@@ -85,6 +87,125 @@ def test_a_state_that_hardly_decays_stays_exact():
     assert relative_error(S, want) < 2e-6
 
 
+class Seen(TorchDispatchMode):
+    """Counts the library's operators and lets everything pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] if func.namespace == "linattn" else []
+        return func(*args, **(kwargs or {}))
+
+
+def few_inputs():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 20, 2, 16, generator=generator, requires_grad=True) for _ in range(3))
+    log_decay = torch.tensor([-0.1, -0.5], requires_grad=True)
+    S0 = torch.randn(1, 2, 16, 16, generator=generator, requires_grad=True)
+    return q, k, v, log_decay, S0
+
+
+def results(return_state, given):
+    q, k, v, log_decay, S0 = given
+    state = LightningState(torch.zeros(1, 2), S0)
+    o, after = lightning.lightning_attention(q, k, v, log_decay, initial_state=state, return_state=return_state)
+    loss = o.square().sum() + (after.S.square().sum() if return_state else 0)
+    return [o, *([after.S] if return_state else []), *torch.autograd.grad(loss, given)]
+
+
+@pytest.mark.parametrize("return_state", (True, False))
+def test_eager_calls_leave_the_dispatcher_out_and_change_nothing(interpreted, return_state):
+    """Where something looks on, a mode here, it sees the operators."""
+    given = few_inputs()
+    alone = results(return_state, given)
+    with Seen() as seen:
+        watched = results(return_state, given)
+    assert seen.names == ["linattn::lightning_forward", "linattn::lightning_backward"]
+    assert [torch.equal(x, y) for x, y in zip(alone, watched, strict=True)] == [True] * len(alone)
+
+
+def test_gradients_reach_only_what_asks_for_them(interpreted):
+    given = few_inputs()
+    want = results(True, given)
+    q, _, v, log_decay, S0 = (x.detach() for x in given)
+    o, _ = lightning.lightning_attention(q, given[1], v, log_decay, initial_state=LightningState(torch.zeros(1, 2), S0))
+    assert torch.equal(o, want[0])
+    o.square().sum().backward()
+    assert given[1].grad is not None
+    assert [given[i].grad for i in (0, 2, 3, 4)] == [None] * 4
+
+
+def test_a_gradient_of_the_gradient_is_refused_not_wrong(interpreted):
+    q, k, v, log_decay, _ = few_inputs()
+    o, _ = lightning.lightning_attention(q, k, v, log_decay, return_state=False)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_compiles_without_a_graph_break(interpreted):
+    given = few_inputs()
+    want = results(True, given)
+
+    def run(q, k, v, log_decay, S0):
+        state = LightningState(torch.zeros(1, 2), S0)
+        o, after = lightning.lightning_attention(q, k, v, log_decay, initial_state=state)
+        return o, after.S
+
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(*given)
+    got += torch.autograd.grad(got[0].square().sum() + got[1].square().sum(), given)
+    assert [relative_error(x, y) < 1e-6 for x, y in zip(got, want, strict=True)] == [True] * len(want)
+
+
+def test_a_call_seen_before_is_checked_again_where_values_differ(interpreted):
+    """Shapes are checked once and remembered; what a signature does not hold is not."""
+    q, k, v, log_decay, _ = few_inputs()
+    lightning.lightning_attention(q, k, v, log_decay)
+    with pytest.raises(ValueError, match="finite and <= 0"):
+        lightning.lightning_attention(q, k, v, -log_decay)
+    with pytest.raises(ValueError, match="scale must be a float"):
+        lightning.lightning_attention(q, k, v, log_decay, scale="1")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="wrap it in torch.tensor"):
+        lightning.lightning_attention(q, k, v, log_decay, cu_seqlens=[0, 20])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="does not divide"):
+        lightning.lightning_attention(q, k[:, :, :1].expand(1, 20, 3, 16), v, log_decay)
+
+
+class FakeKernel:
+    """Counts compilations and remembers what each compiled kernel was given."""
+
+    def __init__(self):
+        self.compiled, self.ran = 0, []
+
+    def __getitem__(self, grid):
+        def compile_and_run(*arguments, num_warps):
+            self.compiled += 1
+            return {grid: lambda *arguments: self.ran.append(arguments)}
+
+        return compile_and_run
+
+
+def test_a_launch_compiles_once_for_what_triton_specializes_on(monkeypatch):
+    monkeypatch.setattr(tiles, "TRITON_VERSION", (3, 6))
+    kernel, x, y = FakeKernel(), torch.zeros(16), torch.zeros(17)[1:]
+
+    def launch(x, numbers=(1, 2), constants=(True,), grid=(1, 2, 3)):
+        tiles.launch(kernel, grid, [x], numbers, constants, warps=4)
+
+    launch(x)
+    assert (kernel.compiled, len(kernel.ran)) == (1, 0)
+    launch(x + 1)
+    assert kernel.compiled == 1
+    assert [a[1:] for a in kernel.ran] == [(1, 2, True)]
+    for again in ({"x": y}, {"x": x.bfloat16()}, {"x": x, "numbers": (1, 3)}, {"x": x, "constants": (False,)}):
+        launch(**again)
+    assert (kernel.compiled, len(kernel.ran)) == (5, 1)
+    launch(y)
+    assert (kernel.compiled, len(kernel.ran)) == (5, 2)
+
+
 @pytest.mark.parametrize("programs, tokens, want", [(128, 8192, 1), (32, 131072, 4), (16, 524288, 8), (1, 100, 1)])
 def test_the_cost_model(programs, tokens, want):
     assert kernels.segments_a_row(programs, tokens, slots=132) == want
@@ -146,7 +267,10 @@ SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
 @pytest.mark.parametrize("kernel", ("sweep", "sweep-pair", "sweep-packed", "sweep-summary", "scan", "decay", "step"))
 @pytest.mark.parametrize("capability", (80, 89, 90))
 def test_compiles_ahead_of_time(capability, kernel, record_property):
-    """For GPUs that are not here; on Hopper, where the tile is tuned, next to nothing may spill (bytes a thread)."""
+    """For GPUs that are not here; on Hopper, under the Triton that the tile was tuned with, next to nothing may spill.
+
+    Bytes a thread. Triton 3.9 spills 208 to 272 of them there.
+    """
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", AHEAD_OF_TIME, str(capability), kernel]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -155,4 +279,5 @@ def test_compiles_ahead_of_time(capability, kernel, record_property):
     for name, value in usage.items():
         record_property(name, value)
     assert usage["shared"] <= SHARED[capability]
-    assert usage["spilled"] <= (64 if capability == 90 else 4096)
+    tuned = capability == 90 and tiles.TRITON_VERSION == (3, 6)
+    assert usage["spilled"] <= (64 if tuned else 4096)

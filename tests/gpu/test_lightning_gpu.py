@@ -154,6 +154,40 @@ def test_runs_in_a_cuda_graph():
     assert torch.equal(pool.S[0], torch.ones_like(S))
 
 
+@pytest.mark.parametrize("return_state", (True, False))
+def test_eager_calls_are_the_operators(return_state):
+    """In eager the bodies are called past the dispatcher, and launches through what was compiled before."""
+    from linattn.mixers.lightning import operators
+
+    inputs, (do, dS) = draw(300, 128, 128, 0.1, torch.bfloat16)
+    q, k, v, log_decay, S0 = (x.requires_grad_() for x in inputs)
+    state = LightningState(torch.zeros(1, 2, device="cuda"), S0)
+    o, S = operators.lightning_forward(q, k, v, log_decay, 1.0, S0, None, return_state)
+    seeds = [do, dS][: 1 + return_state]
+    want = [o, S][: 1 + return_state]
+    want += torch.autograd.grad(want, (q, k, v, log_decay, S0), seeds)
+    for _ in range(3):
+        o, after = lightning_attention(
+            q, k, v, log_decay, initial_state=state, return_state=return_state, backend="triton"
+        )
+        got = [o, *([after.S] if return_state else [])]
+        got += torch.autograd.grad(got, (q, k, v, log_decay, S0), seeds)
+        assert [torch.equal(x, y) for x, y in zip(got, want, strict=True)] == [True] * len(want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_runs_where_its_inputs_are_not_on_the_current_device():
+    inputs, (do, _) = draw(300, 128, 128, 0.1, torch.bfloat16)
+    want = both_ways(*(x.requires_grad_() for x in inputs[:4]), do)
+    got = both_ways(*(x.detach().to("cuda:1").requires_grad_() for x in inputs[:4]), do.to("cuda:1"))
+    assert [torch.equal(x.cpu(), y.cpu()) for x, y in zip(got, want, strict=True)] == [True] * 5
+
+
+def both_ways(q, k, v, log_decay, do):
+    o, _ = lightning_attention(q, k, v, log_decay, return_state=False, backend="triton")
+    return [o, *torch.autograd.grad(o, (q, k, v, log_decay), do)]
+
+
 def test_agrees_with_an_independent_implementation():
     """fla's chunk_simple_gla, where it is right: no partial chunk in the final state's way."""
     simple_gla = pytest.importorskip("fla.ops.simple_gla")

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 class BackendError(ValueError):
@@ -93,3 +95,13 @@ def explain(backends: Sequence[Backend], call: Call) -> str:
 def anything(call: Call) -> list[str]:
     """The refusals of a backend that runs every floating-point call on any device."""
     return [] if call.dtype.is_floating_point else [f"needs floating-point inputs, got {call.dtype}"]
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the call itself wants to see it: no trace, no mode, no transform, no subclass of tensors.
+
+    Then an operator's body may be run past torch's dispatcher, whose layers cost more of the host's time than a launch.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)

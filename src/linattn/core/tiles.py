@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,51 +82,58 @@ def launch(
     *,
     warps: int,
 ) -> None:
-    """Run a kernel whose parameters are, in this order, tensors, numbers and constexprs.
+    """Run a kernel, on its tensors' device, whose parameters are, in this order, tensors, numbers and constexprs."""
+    launcher(kernel, grid, tuple(numbers), tuple(constants), warps)(tensors)
 
-    Triton's own way to a compiled kernel took most of 200 us a call with these kernels' seventy parameters. What was
+
+@functools.lru_cache(4096)
+def launcher(
+    kernel: Any, grid: tuple[int, int, int], numbers: tuple[float, ...], constants: tuple[Any, ...], warps: int
+) -> Callable[[Sequence[Tensor]], None]:
+    """`launch` of everything but the tensors, to be kept by who runs it again.
+
+    Triton's own way to a compiled kernel took most of 200 us a call with kernels of seventy parameters. What was
     compiled is remembered here under everything that Triton specializes on, the numbers' values being more than that.
     """
-    key = (
-        kernel,
-        warps,
-        tensors[0].device,
-        tuple([(x.dtype, x.data_ptr() % 16 == 0) for x in tensors]),
-        tuple(numbers),
-        tuple(constants),
-    )
-    arguments = (*tensors, *numbers, *constants)
-    with descriptor_memory(tensors[0].device):
-        compiled = _COMPILED.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments)
+    from triton.runtime._allocation import _allocator as allocator
+
+    rest = (*numbers, *constants)
+    known: dict[Any, Any] = {}
+
+    def run(tensors: Sequence[Tensor]) -> None:
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                run(tensors)
             return
-        compiled = kernel[grid](*arguments, num_warps=warps)
-        if TRITON_VERSION in _REMEMBERED_VERSIONS and hasattr(compiled, "__getitem__"):
-            if len(_COMPILED) >= _MOST_COMPILED:
-                _COMPILED.clear()
-            _COMPILED[key] = compiled
+        key = (device, *[x.dtype for x in tensors], *[x.data_ptr() % 16 for x in tensors])
+        token = allocator.set(_descriptor_allocator(device))
+        try:
+            compiled = known.get(key)
+            if compiled is not None:
+                compiled(*tensors, *rest)
+                return
+            compiled = kernel[grid](*tensors, *rest, num_warps=warps)
+            if TRITON_VERSION in _REMEMBERED_VERSIONS and hasattr(compiled, "__getitem__"):
+                known[key] = compiled[grid]
+        finally:
+            allocator.reset(token)
+
+    return run
 
 
-_COMPILED: dict[Any, Any] = {}
-_MOST_COMPILED = 4096
 _REMEMBERED_VERSIONS = {(3, 6)}
 """Where calling a compiled kernel with all of its parameters, constexprs included, has been run on a GPU."""
 
 
-@contextmanager
-def descriptor_memory(device: torch.device) -> Iterator[None]:
-    """Within this context kernels may make tensor descriptors; torch's allocator gives their 128 bytes each.
+@functools.cache
+def _descriptor_allocator(device: torch.device) -> Any:
+    """Torch's allocator gives the 128 bytes each that tensor descriptors made in kernels need.
 
-    Triton keeps its allocator in a context variable, which autograd's threads do not inherit: every launch enters this.
+    Triton keeps its allocator in a context variable, which autograd's threads do not inherit: every launch sets this.
     """
-    from triton.runtime import _allocation
 
-    def allocate(size: int, alignment: int, stream: int | None) -> Any:
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, device=device, dtype=torch.int8)
 
-    token = _allocation._allocator.set(allocate)
-    try:
-        yield
-    finally:
-        _allocation._allocator.reset(token)
+    return allocate

@@ -5,10 +5,13 @@ Needs no triton: an operator's body imports triton.py on its first run, never in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from linattn.core.dispatch import Call
+from linattn.core.dispatch import Call, plain
 from linattn.core.shapes import document_count
 from linattn.core.tiles import layout_refusals, machine_refusals
 from linattn.mixers.lightning.chunked import LightningState
@@ -54,7 +57,8 @@ def lightning_forward(
     """o [B, T, Ho, V] and the final S [N, H, K, V], of no rows unless asked for."""
     from linattn.mixers.lightning import triton
 
-    return triton.forward(q, k, v, log_decay, scale, initial, cu_seqlens, return_state)
+    o, S = triton.forward(q, k, v, log_decay, scale, initial, cu_seqlens, return_state)
+    return o, q.new_empty(0, log_decay.shape[0], q.shape[3], v.shape[3], dtype=torch.float32) if S is None else S
 
 
 @lightning_forward.register_fake
@@ -81,7 +85,14 @@ def lightning_backward(
     """dq, dk, dv, dlog_decay (of no entries unless asked for), and the initial S's gradient (likewise)."""
     from linattn.mixers.lightning import triton
 
-    return triton.backward(do, d_final, q, k, v, log_decay, scale, initial, cu_seqlens, decay_gradient)
+    dq, dk, dv, d_decay, d_initial = triton.backward(
+        do, d_final, q, k, v, log_decay, scale, initial, cu_seqlens, decay_gradient
+    )
+    if d_decay is None:
+        d_decay = log_decay.new_empty(0)
+    if d_initial is None:
+        d_initial = q.new_empty(0, log_decay.shape[0], q.shape[3], v.shape[3], dtype=torch.float32)
+    return dq, dk, dv, d_decay, d_initial
 
 
 @lightning_backward.register_fake
@@ -113,6 +124,29 @@ def _backward(ctx, do, d_final):
 lightning_forward.register_autograd(_backward, setup_context=_setup)
 
 
+class _Eager(torch.autograd.Function):
+    """What the operators do, without torch's dispatcher: its layers took more of the host's time than the launches."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        from linattn.mixers.lightning import triton
+
+        _setup(ctx, inputs, None)
+        return triton.forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> Any:
+        from linattn.mixers.lightning import triton
+
+        q, k, v, log_decay, initial, cu_seqlens = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3]
+        dq, dk, dv, d_decay, d_initial = triton.backward(
+            do, d_final, q, k, v, log_decay, ctx.scale, initial, cu_seqlens, wanted
+        )
+        return dq, dk, dv, d_decay, None, d_initial, None, None
+
+
 @torch.library.custom_op("linattn::lightning_step", mutates_args=("S", "carried"))
 def lightning_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, S: Tensor, carried: Tensor, slots: Tensor, scale: float
@@ -141,8 +175,14 @@ def forward(
 ) -> tuple[Tensor, LightningState | None]:
     """`lightning_attention` on checked arguments."""
     initial = None if initial_state is None else initial_state.S
-    o, S = lightning_forward(q, k, v, log_decay, scale, initial, cu_seqlens, return_state)
-    if not return_state:
+    if not plain(q, k, v, log_decay, initial, cu_seqlens):
+        o, S = lightning_forward(q, k, v, log_decay, scale, initial, cu_seqlens, return_state)
+    else:
+        from linattn.mixers.lightning import triton
+
+        run = _Eager.apply if torch.is_grad_enabled() else triton.forward
+        o, S = run(q, k, v, log_decay, float(scale), initial, cu_seqlens, return_state)
+    if S is None or not return_state:
         return o, None
     tokens = q.shape[1] if cu_seqlens is None else cu_seqlens.diff()[:, None]
     carried = (log_decay.float() * tokens).expand(S.shape[0], -1)

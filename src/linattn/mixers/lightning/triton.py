@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.tiles import block_of, launch, multiprocessors
+from linattn.core.tiles import block_of, launch, launcher, multiprocessors
 from linattn.mixers.lightning.triton_decay import _decay_gradient
 from linattn.mixers.lightning.triton_step import _step
 from linattn.mixers.lightning.triton_sweep import _scan_segments, _sweep
@@ -54,6 +55,7 @@ def gpu_key(device: torch.device) -> str:
     return torch.cuda.get_device_name(device).lower().replace("nvidia ", "").split()[0]
 
 
+@functools.cache
 def sides_of(K: int, V: int) -> tuple[int, int]:
     """The sides of tiles that hold K and V.
 
@@ -64,6 +66,7 @@ def sides_of(K: int, V: int) -> tuple[int, int]:
     return max(block_of(K), least), max(block_of(V), least)
 
 
+@functools.cache
 def tile_for(K: int, V: int, device: torch.device) -> Tile:
     """The tuned tile for these head dims on this GPU, or one that fits any from capability 8.0 on."""
     entry = tuned(gpu_key(device)).get("{}x{}".format(*sides_of(K, V)))
@@ -120,19 +123,23 @@ def cut_segments(
     slots = multiprocessors(device) * tile.resident if device.type == "cuda" else 8
     unit = PARTS * max(tile.chunk, 64)
     if cu_seqlens is None:
-        n = segments or segments_a_row(rows * programs, tokens, slots)
-        size = -(-tokens // (n * unit)) * unit
-        n = -(-tokens // size)
-        if n == 1:
-            return Segments(rows, tokens, 1)
-        parts = -(-tokens // (size // PARTS))
-        return Segments(rows * n, size, n, Segments(rows * parts, size // PARTS, parts))
+        return _row_segments(rows, tokens, segments or segments_a_row(rows * programs, tokens, slots), unit)
     # Lengths are on the device. One document may hold everything: twice as many segments as slots if so.
     n = segments or max(1, min(tokens // SHORTEST_SEGMENT, 2 * slots // programs))
     size = -(-tokens // (n * unit)) * unit
     if size >= tokens:
         return Segments(cu_seqlens.numel() - 1, tokens, 1)
     return _packed_segments(cu_seqlens, tokens, size, _packed_segments(cu_seqlens, tokens, size // PARTS))
+
+
+@functools.lru_cache(4096)
+def _row_segments(rows: int, tokens: int, n: int, unit: int) -> Segments:
+    size = -(-tokens // (n * unit)) * unit
+    n = -(-tokens // size)
+    if n == 1:
+        return Segments(rows, tokens, 1)
+    parts = -(-tokens // (size // PARTS))
+    return Segments(rows * n, size, n, Segments(rows * parts, size // PARTS, parts))
 
 
 def _packed_segments(cu_seqlens: Tensor, tokens: int, size: int, fine: Segments | None = None) -> Segments:
@@ -173,40 +180,58 @@ def sweep(
 
     pair: (a, b, c, out) of a second sweep to go beside it, whose state is the transpose.
     """
-    K, V = b.shape[-1], c.shape[-1]
-    BK, BV = sides_of(K, V)[0], tile.value
     given = [x if x is not None else b for x in (a, b, c, out)]
     given += pair or given
-    states = (state_in, state_out)
-    tensors = [
-        *given,
-        log_decay,
-        *(x if x is not None else log_decay for x in (*states, cu_seqlens, cut.document, cut.start)),
-    ]
-    numbers = [scale, b.shape[1], cut.tokens, cut.per_row, PARTS]
-    for x in given:
-        numbers += x.stride()[:3]
-    for x in states:
-        numbers += x.stride() if x is not None else (0, 0, 0, 0)
+    options = (state_in, state_out, cu_seqlens, cut.document, cut.start)
+    tensors = [*given, log_decay, *[x if x is not None else log_decay for x in options]]
+    final = 0 if state_out is None else 2 if summary else 1
+    switches = (reverse, cu_seqlens is not None, out is not None, state_in is not None, final, pair is not None)
+    layout = tuple([(x.shape, x.stride()) for x in tensors])
+    _sweep_launcher(layout, tile, cut.count, cut.tokens, cut.per_row, heads, scale, switches)(tensors)
+
+
+@functools.lru_cache(4096)
+def _sweep_launcher(
+    layout: tuple[Any, ...],
+    tile: Tile,
+    segments: int,
+    segment_tokens: int,
+    per_row: int,
+    heads: int,
+    scale: float,
+    switches: tuple[Any, ...],
+) -> Callable[[Sequence[Tensor]], None]:
+    """What runs `_sweep` on tensors of this layout, (shape, strides) each: kept, because building it takes long."""
+    reverse, packed, output, initial, final, pair = switches
+    sizes, strides = ([x[i] for x in layout] for i in range(2))
+    K, V, tokens = sizes[1][-1], sizes[2][-1], sizes[1][1]
+    numbers = [scale, tokens, segment_tokens, per_row, PARTS]
+    for x in strides[:8]:
+        numbers += x[:3]
+    for stride, present in zip(strides[9:11], (initial, final), strict=True):
+        numbers += stride if present else (0, 0, 0, 0)
+    groups = [heads // size[2] for size in sizes[:8]]
+    BV = tile.value
     constants = (
         K,
         V,
-        BK,
+        sides_of(K, V)[0],
         BV,
         tile.chunk,
-        *(heads // x.shape[2] for x in given[:3]),
-        heads // log_decay.shape[0],
+        *groups[:3],
+        heads // sizes[8][0],
         reverse,
-        cu_seqlens is not None,
-        cut.per_row != 1,
-        out is not None,
-        state_in is not None,
-        0 if state_out is None else 2 if summary else 1,
-        *(heads // x.shape[2] for x in given[4:7]),
-        pair is not None,
+        packed,
+        per_row != 1,
+        output,
+        initial,
+        final,
+        *groups[4:7],
+        pair,
         tile.stages,
     )
-    launch(_sweep, (-(-V // BV) * (2 if pair else 1), heads, cut.count), tensors, numbers, constants, warps=tile.warps)
+    grid = (-(-V // BV) * (2 if pair else 1), heads, segments)
+    return launcher(_sweep, grid, tuple(numbers), constants, tile.warps)
 
 
 def states_before(
@@ -261,15 +286,17 @@ def forward(
     return_state: bool,
     tile: Tile | None = None,
     segments: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """o [B, T, Ho, V] and the final S [N, H, K, V] (of no rows when not asked for)."""
+) -> tuple[Tensor, Tensor | None]:
+    """o [B, T, Ho, V] and the final S [N, H, K, V] (None unless asked for)."""
     B, T, n_state = q.shape[0], q.shape[1], log_decay.shape[0]
     K, V, heads = q.shape[-1], v.shape[-1], max(q.shape[2], n_state)
     documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
     o = q.new_empty(B, T, heads, V)
-    final = q.new_empty(documents if return_state else 0, n_state, K, V, dtype=torch.float32)
+    final = q.new_empty(documents, n_state, K, V, dtype=torch.float32) if return_state else None
     if T == 0:
-        return o, final.copy_(initial) if return_state and initial is not None else final.zero_()
+        if final is not None:
+            final = final.zero_() if initial is None else final.copy_(initial)
+        return o, final
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     initial = None if initial is None else initial.float()
     tile = tile or tile_for(K, V, q.device)
@@ -287,7 +314,7 @@ def forward(
         cut,
         heads=heads,
         state_in=before,
-        state_out=final if return_state else None,
+        state_out=final,
         **shared,
     )
     return o, final
@@ -306,15 +333,16 @@ def backward(
     decay_gradient: bool,
     tile: Tile | None = None,
     segments: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dlog_decay (of no entries unless asked for) and the gradient of the initial S (likewise)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, dlog_decay (None unless asked for) and the gradient of the initial S (None where there is none)."""
     B, T, n_state = q.shape[0], q.shape[1], log_decay.shape[0]
     K, V, heads = q.shape[-1], v.shape[-1], max(q.shape[2], n_state)
     documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    d_initial = q.new_empty(documents if initial is not None else 0, heads, K, V, dtype=torch.float32)
-    d_decay = log_decay.new_zeros(n_state if decay_gradient else 0)
+    d_initial = None if initial is None else q.new_empty(documents, heads, K, V, dtype=torch.float32)
     if T == 0:
-        d_initial = d_initial[:, :n_state].zero_() if d_final is None or initial is None else d_final.clone()
+        if initial is not None:
+            d_initial = torch.zeros_like(initial) if d_final is None else d_final.clone()
+        d_decay = torch.zeros_like(log_decay) if decay_gradient else None
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_decay, d_initial
     do = q.new_zeros(B, T, heads, V) if do is None else _aligned(do)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
@@ -340,16 +368,19 @@ def backward(
     spread = log_decay if group == 1 else log_decay.repeat_interleave(group)
     first, second = (k, q, do, grads[2]), (v, do, q, grads[1])
     shared |= {"heads": heads}
-    out: dict[str, Any] = {"state_in": D, "state_out": d_initial if initial is not None else None}
+    out: dict[str, Any] = {"state_in": D, "state_out": d_initial}
     if K == V and grads[1].dtype == grads[2].dtype:
         sweep(*first, spread, by_key, cut, pair=second, **out, **shared)
     else:
         sweep(*first, spread, by_key, cut, **out, **shared)
         sweep(*second, spread, by_value, cut, state_in=None if D is None else D.transpose(-1, -2), **shared)
+    d_decay = None
     if decay_gradient:
         d_decay = decay_gradient_of(do, d_final, q, k, v, log_decay, scale, initial, cu_seqlens)
     dq, dk, dv = (_gathered(g, x) for g, x in zip(grads, (q, k, v), strict=True))
-    return dq, dk, dv, d_decay, d_initial if group == 1 else d_initial.unflatten(1, (n_state, group)).sum(2)
+    if d_initial is not None and group > 1:
+        d_initial = d_initial.unflatten(1, (n_state, group)).sum(2)
+    return dq, dk, dv, d_decay, d_initial
 
 
 def decay_gradient_of(
@@ -422,6 +453,8 @@ def _aligned(x: Tensor) -> Tensor:
 
     An expanded gradient is such, and a view that begins off 16 bytes, which strides do not tell `refuses`.
     """
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x  # a head's dims are multiples of 8
     outer = x.stride()[:3]
     fits = x.stride(3) == 1 and all(s % 8 == 0 for s in outer) and outer[1] > 0 and x.data_ptr() % 16 == 0
     return x if fits else x.contiguous()
@@ -430,7 +463,7 @@ def _aligned(x: Tensor) -> Tensor:
 def _gradient(x: Tensor, heads: int) -> Tensor:
     """Where a sweep writes the gradient of x: in fp32 a head where several heads share x's, to be summed then."""
     if x.shape[2] == heads:
-        return torch.empty(x.shape, device=x.device, dtype=x.dtype)
+        return x.new_empty(x.shape)
     return torch.empty(*x.shape[:2], heads, x.shape[3], device=x.device, dtype=torch.float32)
 
 
