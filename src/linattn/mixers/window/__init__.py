@@ -22,7 +22,7 @@ from linattn.core.shapes import (
     check_step,
     document_count,
 )
-from linattn.mixers.window import chunked
+from linattn.mixers.window import chunked, operators
 from linattn.mixers.window.chunked import WindowPool, WindowState, combine, new_pool, put_, summarize, take
 from linattn.mixers.window.reference import window_reference
 
@@ -40,7 +40,10 @@ __all__ = [
     "window_step_",
 ]
 
-BACKENDS = (Backend("torch", anything, chunked.forward, chunked.step_),)
+BACKENDS = (
+    Backend("triton", operators.refuses, operators.forward, operators.step_),
+    Backend("torch", anything, chunked.forward, chunked.step_),
+)
 
 
 def window_attention(
