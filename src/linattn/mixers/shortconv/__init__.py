@@ -15,7 +15,7 @@ from linattn.core.dispatch import Backend, anything, choose, describe
 from linattn.core.mixer import Mixer
 from linattn.core.pool import new_pool, put_, take
 from linattn.core.shapes import check_cu_seqlens, check_state, check_step, document_count
-from linattn.mixers.shortconv import chunked
+from linattn.mixers.shortconv import chunked, operators
 from linattn.mixers.shortconv.chunked import ShortConvState, combine, summarize
 from linattn.mixers.shortconv.reference import short_conv_reference
 
@@ -34,7 +34,10 @@ __all__ = [
 ]
 
 ACTIVATIONS = (None, "silu")
-BACKENDS = (Backend("torch", anything, chunked.forward, chunked.step_),)
+BACKENDS = (
+    Backend("triton", operators.refuses, operators.forward, operators.step_),
+    Backend("torch", anything, chunked.forward, chunked.step_),
+)
 
 
 def short_conv(
