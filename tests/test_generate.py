@@ -567,10 +567,10 @@ def test_bad_text_arguments_are_refused():
 def test_read_twice_writes_the_five_orders():
     texts = {
         "CQ": "C. Q:",
-        "QCQ": "Q: C. Q:",
+        "QCQ": "Information about Q. C. Q:",
         "CCQ": "C.\nC. Q:",
-        "CQCQ": "C. Q:\nC. Q:",
-        "QCCQ": "Q: C.\nC. Q:",
+        "CQCQ": "C. Information about Q.\nC. Q:",
+        "QCCQ": "Information about Q. C.\nC. Q:",
     }
     for order, text in texts.items():
         assert read_twice("C.", "Q:", order=order) == text
@@ -627,7 +627,7 @@ def test_prefix_iterate_draws_as_generate_does():
 
 def test_prefix_strategies_of_ask_are_these_prompts():
     model = make_model("jrt")
-    items = [("The sky is blue.", "The sky is"), ("Ab.", "A")]
+    items = [("The sky is blue.", "The sky:"), ("Ab.", "A?")]
 
     def answers(order, short):
         prompts = [read_twice(c, q, order=order) for c, q in items]

@@ -1,12 +1,16 @@
 """Read twice: prompts in other orders (JRT-Prompt, for any model), and what a prefix model does with a short prompt.
 
-The orders are text in, text out; C is the context, Q the question::
+The orders are text in, text out; C is the context, Q the question, q the question said without asking for its answer
+yet ("Information about Applicant." for "Applicant:")::
 
     CQ      C Q             the default prompt
-    QCQ     Q C Q           the question first
+    QCQ     q C Q           the question first
     CCQ     C \\n C Q        the context twice
-    CQCQ    C Q \\n C Q      the whole prompt twice
-    QCCQ    Q C \\n C Q      JRT-Prompt as published (arXiv 2407.05483, appendix F): both
+    CQCQ    C q \\n C Q      the whole prompt twice
+    QCCQ    q C \\n C Q      JRT-Prompt as published (arXiv 2407.05483, appendix F): both
+
+A question that stands unanswered before the last one is a trap: after "Applicant:" the model copies what followed
+the first "Applicant:", which was no answer. docs/read-twice.md has what that costs. So q is never an open line.
 
 A prefix model was trained on prefixes of ``prefix_length`` tokens; a shorter prompt leaves four ways (Table 4 there has
 the last three, each better than "pad" on recall from 512 tokens of 1,024):
@@ -16,13 +20,14 @@ the last three, each better than "pad" on recall from 512 tokens of 1,024):
     read-twice  the prompt as QCCQ, then pad (there: Read-2x)
     iterate     each new token joins the prefix and all is read again, until the prefix is full (there: Iterate)
 
-Not here: shortening a context to fit (the paper cuts it to 950 tokens around the answer).
+The published prompts, data set by data set, are in templates.py; shortening a context to fit is in cutting.py.
 
-    pytest tests/test_generate.py -k "order or prefix"
+    pytest tests/test_read_twice.py; pytest tests/test_generate.py -k prefix
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -62,38 +67,86 @@ STRATEGIES: dict[PrefixStrategy, tuple[Order, ShortPrompt]] = {
 }
 """Each strategy's order of the text, and what is done with its tokens."""
 
-_READINGS: dict[Order, tuple[str, ...]] = {
-    "CQ": ("CQ",),
-    "QCQ": ("QCQ",),
-    "CCQ": ("C", "CQ"),
-    "CQCQ": ("CQ", "CQ"),
-    "QCCQ": ("QC", "CQ"),
+_READINGS: dict[Order, tuple[str, str, str]] = {
+    "CQ": ("", "", "CQ"),
+    "QCQ": ("", "", "qCQ"),
+    "CCQ": ("C", "C", "CQ"),
+    "CQCQ": ("Cq", "Cq", "CQ"),
+    "QCCQ": ("qC", "C", "CQ"),
 }
+"""The first reading, those between, and the last; q is the question where no answer is asked for yet."""
+
+_ENDS = re.compile(r"[.?!][\"')\]]*$")
 
 
-def read_twice(context: str, question: str, *, order: Order = "QCCQ", opening: str | None = None) -> str:
-    """The prompt in an order: one newline between the readings, one space between context and question.
+def read_twice(
+    context: str,
+    question: str,
+    *,
+    order: Order = "QCCQ",
+    passes: int | None = None,
+    opening: str | None = None,
+    separator: str = " ",
+) -> str:
+    """The prompt in an order, with one newline between the readings.
 
     Args:
         context: published prompts end it with a period.
         question: what the answer follows, say "Applicant:" or a statement without its end.
-        opening: the question as it is put first in QCQ and QCCQ, where that differs ("Information about Applicant.").
+        passes: how often the context is read. None: twice in CCQ, CQCQ and QCCQ, which also take more; CQ and QCQ
+            read it once.
+        opening: the question where its answer is not asked for yet: first in QCQ and QCCQ, after every reading but
+            the last in CQCQ. None: `opening_of(question)`.
+        separator: between context and question; a space as published. Chat models know "\\n" before "Question:".
 
     Raises:
-        ValueError: an order that is not one of the five, or nothing to read.
+        ValueError: an order that is not one of the five, passes that the order cannot have, nothing to read, or an
+            opening that leaves an unanswered line in the middle of the prompt (or none can be made).
     """
     if order not in _READINGS:
         raise ValueError(f"order {order!r} is not one of {list(_READINGS)}")
     if not context or not question:
         raise ValueError(f"context and question must hold text, got {context[:40]!r} and {question[:40]!r}")
+    first, between, last = _READINGS[order]
+    passes = passes if passes is not None else 2 if first else 1
+    if (passes < 2) if first else (passes != 1):
+        raise ValueError(f"order {order} reads the context {'2 or more times' if first else 'once'}, got {passes=}")
+    letters = {"C": context, "Q": question}
+    if "q" in first + last:
+        letters["q"] = opening_of(question) if opening is None else _closed(opening, question)
+    readings = [last] if not first else [first, *[between] * (passes - 2), last]
+    return "\n".join(separator.join(letters[letter] for letter in reading) for reading in readings)
 
-    def text(reading: str) -> str:
-        parts = [context if letter == "C" else question for letter in reading]
-        if reading[0] == "Q" and opening is not None:
-            parts[0] = opening
-        return " ".join(parts)
 
-    return "\n".join(text(reading) for reading in _READINGS[order])
+def opening_of(question: str) -> str:
+    """The question as it may stand before its answer is asked for.
+
+    "Applicant:" gives "Information about Applicant.", as published; a whole sentence, say "Who sued?", is its own.
+
+    Raises:
+        ValueError: neither: repeated as it is, it would be an unanswered line for the model to copy.
+    """
+    text = question.strip()
+    if _ENDS.search(text):
+        return text
+    key = text.removesuffix(":").rstrip()
+    if key and key != text and not re.search(r"[.?!:]\s|\n", key):
+        return f"Information about {key}."
+    raise ValueError(
+        f"{question[-60:]!r} leaves its answer open, and a second open line before the last makes a model copy what "
+        f"followed the first. Give opening=, the question as a whole sentence, or use order CQ or CCQ. A question "
+        'may also end with "?", a key with ":"'
+    )
+
+
+def _closed(opening: str, question: str) -> str:
+    text = opening.strip()
+    if not text or text.endswith(":") or (text == question.strip() and not _ENDS.search(text)):
+        raise ValueError(
+            f"opening {opening[-60:]!r} leaves an answer open before the last line, and a model copies what follows it "
+            f'there; make it a whole sentence, say "Information about {text.rstrip(":") or "Applicant"}."'
+        )
+    return opening
 
 
 def pad_left(ids: Sequence[int], length: int, pad_id: int) -> list[int]:

@@ -145,7 +145,7 @@ def ask(
     *,
     strategy: PrefixStrategy = "exact",
     order: Order | None = None,
-    opening: str | None = None,
+    opening: str | Sequence[str | None] | None = None,
     max_new_tokens: int = 48,
     sampling: SamplingConfig = GREEDY,
     stop: Sequence[str] = ("\n",),
@@ -157,7 +157,7 @@ def ask(
         strategy: one of prompting.py's four; all but "exact" are for prefix models.
         order: any of the five orders instead of the strategy's own. ``strategy="exact", order="QCCQ"`` is JRT-Prompt
             for any model.
-        opening: as in `read_twice`.
+        opening: as in `read_twice`; one for all items, or one an item.
 
     Raises:
         ValueError: a strategy or order that does not exist, or does not fit the model.
@@ -165,7 +165,10 @@ def ask(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not one of {list(STRATEGIES)}")
     own_order, short = STRATEGIES[strategy]
-    prompts = [read_twice(c, q, order=order or own_order, opening=opening) for c, q in items]
+    openings = [opening] * len(items) if opening is None or isinstance(opening, str) else opening
+    prompts = [
+        read_twice(c, q, order=order or own_order, opening=first) for (c, q), first in zip(items, openings, strict=True)
+    ]
     return generate_text(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, short=short
     )
