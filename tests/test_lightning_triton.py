@@ -22,6 +22,7 @@ from linattn.core import laws, tiles
 from linattn.core.dispatch import Backend, anything
 from linattn.core.laws import Subject
 from linattn.core.numerics import relative_error
+from linattn.core.segments import segments_a_row
 from linattn.mixers import lightning
 from linattn.mixers.lightning import LightningState, chunked, operators
 from linattn.mixers.lightning import triton as kernels
@@ -208,7 +209,7 @@ def test_a_launch_compiles_once_for_what_triton_specializes_on(monkeypatch):
 
 @pytest.mark.parametrize("programs, tokens, want", [(128, 8192, 1), (32, 131072, 4), (16, 524288, 8), (1, 100, 1)])
 def test_the_cost_model(programs, tokens, want):
-    assert kernels.segments_a_row(programs, tokens, slots=132) == want
+    assert segments_a_row(programs, tokens, 132, kernels.AGAIN, kernels.SHORTEST_SEGMENT) == want
 
 
 AHEAD_OF_TIME = """

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.tiles import block_of, launch, launcher, multiprocessors
+from linattn.core.segments import Segments, cut_segments
+from linattn.core.tiles import block_of, launch, launcher
 from linattn.mixers.lightning.triton_decay import _decay_gradient
 from linattn.mixers.lightning.triton_step import _step
 from linattn.mixers.lightning.triton_sweep import _scan_segments, _sweep
@@ -24,6 +25,8 @@ from linattn.mixers.lightning.triton_sweep import _scan_segments, _sweep
 SHORTEST_SEGMENT = 512
 """Tokens; below it a segment's state (2 K V 4 bytes written and read) weighs more than its keys and values."""
 
+AGAIN = 0.5
+"""What finding the segments' states costs over the pass itself: it reads k and v again, two of four tensors."""
 PARTS = 4
 """Into how many each segment is cut again for the pass that finds what it adds: heads that forget fast are done early,
 and smaller pieces leave no multiprocessor waiting for those that do not."""
@@ -80,37 +83,7 @@ def plain_tile(K: int, V: int) -> Tile:
     return Tile(32, 32, 4, 2, 1) if BK > 128 else Tile(64, min(BV, 64), 4, 2, 1)
 
 
-@dataclass(frozen=True)
-class Segments:
-    """How documents are cut: ``count`` segments in all, of ``tokens`` each, ``per_row`` a row.
-
-    Where there is more than one a document, `fine` cuts each again in PARTS, to find what they add.
-    document, start, first: int32, for packed rows: each segment's document and first token there, and each document's
-    first segment.
-    """
-
-    count: int
-    tokens: int
-    per_row: int
-    fine: Segments | None = None
-    document: Tensor | None = None
-    start: Tensor | None = None
-    first: Tensor | None = None
-
-
-@functools.cache
-def segments_a_row(programs: int, tokens: int, slots: int) -> int:
-    """In how many segments to cut each row: the least of (idle slots) x (bytes moved), README.md's cost model."""
-    best, least = 1, float("inf")
-    for n in range(1, min(max(1, tokens // SHORTEST_SEGMENT), 8 * slots) + 1):
-        waves = -(-programs * n // slots)
-        cost = waves * slots / (programs * n) * (1 + 0.5 * (n - 1) / n)
-        if cost < least - 1e-9:
-            best, least = n, cost
-    return best
-
-
-def cut_segments(
+def _cut(
     rows: int,
     tokens: int,
     programs: int,
@@ -119,43 +92,9 @@ def cut_segments(
     device: torch.device,
     segments: int | None = None,
 ) -> Segments:
-    """Segments for ``rows`` rows of ``tokens`` tokens with ``programs`` programs each, without a look at the device."""
-    slots = multiprocessors(device) * tile.resident if device.type == "cuda" else 8
-    unit = PARTS * max(tile.chunk, 64)
-    if cu_seqlens is None:
-        return _row_segments(rows, tokens, segments or segments_a_row(rows * programs, tokens, slots), unit)
-    # Lengths are on the device. One document may hold everything: twice as many segments as slots if so.
-    n = segments or max(1, min(tokens // SHORTEST_SEGMENT, 2 * slots // programs))
-    size = -(-tokens // (n * unit)) * unit
-    if size >= tokens:
-        return Segments(cu_seqlens.numel() - 1, tokens, 1)
-    return _packed_segments(cu_seqlens, tokens, size, _packed_segments(cu_seqlens, tokens, size // PARTS))
-
-
-@functools.lru_cache(4096)
-def _row_segments(rows: int, tokens: int, n: int, unit: int) -> Segments:
-    size = -(-tokens // (n * unit)) * unit
-    n = -(-tokens // size)
-    if n == 1:
-        return Segments(rows, tokens, 1)
-    parts = -(-tokens // (size // PARTS))
-    return Segments(rows * n, size, n, Segments(rows * parts, size // PARTS, parts))
-
-
-def _packed_segments(cu_seqlens: Tensor, tokens: int, size: int, fine: Segments | None = None) -> Segments:
-    """T // size + N segments whatever the documents' lengths; those that no document needs start behind its end."""
-    offsets = cu_seqlens.long()
-    documents = offsets.numel() - 1
-    counts = ((offsets.diff() + size - 1) // size).clamp(min=1)
-    ends = counts.cumsum(0)
-    first = ends - counts
-    index = torch.arange(tokens // size + documents, device=offsets.device)
-    document = torch.searchsorted(ends, index, right=True)
-    used = document < documents
-    document = document.clamp(max=documents - 1)
-    start = torch.where(used, (index - first[document]) * size, -(-tokens // size) * size)
-    parts = (x.to(torch.int32) for x in (document, start, first))
-    return Segments(tokens // size + documents, size, 0, fine, *parts)
+    """Segments for ``rows`` rows of ``tokens`` tokens with ``programs`` programs each (core/segments.py)."""
+    settings: dict[str, Any] = {"again": AGAIN, "parts": PARTS, "shortest": SHORTEST_SEGMENT, "segments": segments}
+    return cut_segments(rows, tokens, programs, tile.resident, max(tile.chunk, 64), cu_seqlens, device, **settings)
 
 
 def sweep(
@@ -301,7 +240,7 @@ def forward(
     initial = None if initial is None else initial.float()
     tile = tile or tile_for(K, V, q.device)
     programs = heads * -(-V // tile.value)
-    cut = cut_segments(B, T, programs, tile, cu_seqlens, q.device, segments)
+    cut = _cut(B, T, programs, tile, cu_seqlens, q.device, segments)
     shared: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
     before = states_before(k, v, log_decay, tile, cut, heads=n_state, documents=documents, initial=initial, **shared)
     sweep(
@@ -357,7 +296,7 @@ def backward(
     grads = [_gradient(x, heads) for x in (q, k, v)]
     by_value, by_key = tile or tile_for(V, K, q.device), tile or tile_for(K, V, q.device)
     programs = heads * -(-V // by_key.value)
-    cut = cut_segments(B, T, programs, by_key, cu_seqlens, q.device, segments)
+    cut = _cut(B, T, programs, by_key, cu_seqlens, q.device, segments)
     shared: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
     S = states_before(k, v, log_decay, by_key, cut, heads=n_state, documents=documents, initial=initial, **shared)
     S = None if S is None else S.transpose(-1, -2)

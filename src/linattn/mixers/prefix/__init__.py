@@ -24,7 +24,12 @@ USES = ("taylor",)
 
 
 def summarize_prefix(
-    k_prefix: Tensor, v_prefix: Tensor, *, prefix_lengths: Tensor | None = None, cu_prefix: Tensor | None = None
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    *,
+    prefix_lengths: Tensor | None = None,
+    cu_prefix: Tensor | None = None,
+    backend: str | None = None,
 ) -> TaylorState:
     """The State of a prefix: k_prefix [B, M, H, F], v_prefix [B, M, H, V], or packed [1, sum M, ...] with cu_prefix.
 
@@ -39,7 +44,7 @@ def summarize_prefix(
         check_cu_seqlens(cu_prefix, B, M, "cu_prefix")
     if prefix_lengths is not None:
         _check_lengths(prefix_lengths, document_count(B, cu_prefix), M, cu_prefix)
-    return taylor.summarize(k_prefix, v_prefix, cu_prefix, prefix_lengths)
+    return taylor.summarize(k_prefix, v_prefix, cu_prefix, prefix_lengths, backend=backend)
 
 
 def _check_lengths(lengths: Tensor, rows: int, tokens: int, cu_prefix: Tensor | None) -> None:
@@ -96,7 +101,7 @@ def prefix_attention(
     given = document_count(k_prefix.shape[0], cu_prefix)
     if rows != given:
         raise ValueError(f"prefix_attention: {rows} rows of tokens, but prefixes for {given}; give each row its own")
-    state = summarize_prefix(k_prefix, v_prefix, prefix_lengths=prefix_lengths, cu_prefix=cu_prefix)
+    state = summarize_prefix(k_prefix, v_prefix, prefix_lengths=prefix_lengths, cu_prefix=cu_prefix, backend=backend)
     return taylor_attention(
         q,
         k,

@@ -24,8 +24,8 @@ from linattn.core.shapes import (
     count_heads,
     document_count,
 )
-from linattn.mixers.taylor import chunked
-from linattn.mixers.taylor.chunked import TaylorState, combine, features, n_features, summarize
+from linattn.mixers.taylor import chunked, operators
+from linattn.mixers.taylor.chunked import TaylorState, combine, features, n_features
 from linattn.mixers.taylor.reference import taylor_reference
 
 __all__ = [
@@ -43,7 +43,11 @@ __all__ = [
     "taylor_step_",
 ]
 
-BACKENDS = (Backend("torch", anything, chunked.forward, chunked.step_),)
+BACKENDS = (
+    Backend("cuda", operators.refuses_cuda, operators.forward_cuda, None),
+    Backend("triton", operators.refuses, operators.forward, operators.step_),
+    Backend("torch", anything, chunked.forward, chunked.step_),
+)
 
 
 def taylor_attention(
@@ -101,6 +105,25 @@ def taylor_attention(
         cu_seqlens=cu_seqlens,
         return_state=return_state,
     )
+
+
+def summarize(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> TaylorState:
+    """The State of k [B, T, Hk, F], v [B, T, Hv, V] read from nothing; ``lengths`` [N] leaves out what lies beyond.
+
+    Differentiable in k and v.
+    """
+    call = describe("taylor_attention", {"q": k, "k": k, "v": v, "cu_seqlens": cu_seqlens})
+    chosen = choose(BACKENDS, call, backend).name
+    if chosen == "torch":
+        return chunked.summarize(k, v, cu_seqlens, lengths)
+    return operators.summarize(k, v, cu_seqlens, lengths, sweeps=chosen)
 
 
 @torch.no_grad()

@@ -1,0 +1,300 @@
+"""Backends "cuda" and "triton" as torch sees them: operators with schemas, fakes and a gradient, and what they refuse.
+
+Needs no triton: an operator's body imports its kernels on its first run, never in traced code. The two share launches,
+steps and everything but the sweeps (cuda.py, triton_sweep.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linattn.core import nvrtc
+from linattn.core.dispatch import Call, plain
+from linattn.core.shapes import document_count
+from linattn.core.tiles import layout_refusals, machine_refusals
+from linattn.mixers.taylor.chunked import TaylorState, n_features
+
+MOST_ROWS = 60_000
+"""Of documents or batch rows: a grid's second and third axis end at 65,535."""
+LARGEST_VALUE_DIM = 256
+LARGEST_STEP_DIM = 64
+"""Of q and k in a step: 2,145 features."""
+LARGEST_SWEPT = {8: 128, 16: 128, 24: 128, 32: 64}
+"""Value dim by feature dim: the gradients at 32 x 128 would want 232 KiB of shared memory, 5 too many."""
+CUDA_FEATURE_DIM = 16
+CUDA_VALUE_DIMS = range(32, 129, 16)
+
+
+def refuses_cuda(call: Call) -> list[str]:
+    """Why the CUDA sweeps cannot run this call; [] means they can."""
+    if "step" in call.op:
+        return ["has no step of its own: Triton's is the one"]
+    F, V = call.shapes["k"][-1], call.shapes["v"][-1]
+    wrong = nvrtc.refusals() + refuses(call)
+    if F != CUDA_FEATURE_DIM:
+        wrong.append(f"needs a feature dim of {CUDA_FEATURE_DIM}, got {F}")
+    if V not in CUDA_VALUE_DIMS:
+        wrong.append(f"needs a value dim that is a multiple of 16 from 32 to 128, got {V}")
+    return wrong
+
+
+def refuses(call: Call) -> list[str]:
+    """Why the Triton kernels cannot run this call; [] means they can."""
+    wrong = machine_refusals(call)
+    step = "step" in call.op
+    F, V = call.shapes["k"][-1], call.shapes["v"][-1]
+    if call.dtype not in (torch.bfloat16, torch.float16) and not (step and call.dtype == torch.float32):
+        wrong.append(f"needs bfloat16 or float16 inputs, got {call.dtype}: the tensor cores would round it to TF32")
+    rows = max(call.shapes["q"][0], call.shapes.get("cu_seqlens", (0,))[0])
+    if rows > MOST_ROWS:
+        wrong.append(f"needs at most {MOST_ROWS} rows or documents, got {rows}")
+    if step:
+        if not 2 <= F <= LARGEST_STEP_DIM:
+            wrong.append(f"needs a feature dim from 2 to {LARGEST_STEP_DIM}, got {F}")
+        if not 1 <= V <= LARGEST_VALUE_DIM:
+            wrong.append(f"needs a value dim from 1 to {LARGEST_VALUE_DIM}, got {V}")
+        inner = [n for n in ("q", "k", "v") if call.strides[n][-1] != 1]
+        return wrong + [f"needs {n} contiguous along its last axis" for n in inner]
+    if F not in LARGEST_SWEPT:
+        wrong.append(f"needs a feature dim of 8, 16, 24 or 32, got {F}")
+    elif V % 8 or not 8 <= V <= LARGEST_SWEPT[F]:
+        wrong.append(f"needs a value dim that is a multiple of 8 up to {LARGEST_SWEPT[F]} at feature dim {F}, got {V}")
+    return wrong + layout_refusals(call, ("q", "k", "v"))
+
+
+@torch.library.custom_op("linattn::taylor_forward", mutates_args=())
+def taylor_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    normalize: bool,
+    S: Tensor | None,
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+    sweeps: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o [B, T, Ho, V], the final S [N, H, P, V] and z [N, H, P] (of no rows unless asked for), and the divisor."""
+    from linattn.mixers.taylor import triton
+
+    return triton.forward(q, k, v, scale, normalize, S, z, cu_seqlens, return_state, sweeps)
+
+
+@taylor_forward.register_fake
+def _(q, k, v, scale, normalize, S, z, cu_seqlens, return_state, sweeps):
+    n_state, P = max(k.shape[2], v.shape[2]), n_features(k.shape[3])
+    heads, rows = max(q.shape[2], n_state), document_count(q.shape[0], cu_seqlens) if return_state else 0
+    o = v.new_empty(q.shape[0], q.shape[1], heads, v.shape[3])
+    final = q.new_empty(rows, n_state, P, v.shape[3], dtype=torch.float32)
+    share = q.new_empty(q.shape[0], heads, q.shape[1] if normalize else 0, dtype=torch.float32)
+    return o, final, q.new_empty(rows, n_state, P, dtype=torch.float32), share
+
+
+@torch.library.custom_op("linattn::taylor_backward", mutates_args=())
+def taylor_backward(
+    do: Tensor | None,
+    dS: Tensor | None,
+    dz: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    share: Tensor,
+    scale: float,
+    normalize: bool,
+    S: Tensor | None,
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sweeps: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and the gradients of the initial S and z (of no rows where there is none)."""
+    from linattn.mixers.taylor import triton
+
+    return triton.backward(do, dS, dz, q, k, v, o, share, scale, normalize, S, z, cu_seqlens, sweeps)
+
+
+@taylor_backward.register_fake
+def _(do, dS, dz, q, k, v, o, share, scale, normalize, S, z, cu_seqlens, sweeps):
+    rows, heads, P = 0 if S is None else S.shape[0], max(k.shape[2], v.shape[2]), n_features(k.shape[3])
+    dS0 = q.new_empty(rows, heads, P, v.shape[3], dtype=torch.float32)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dS0, q.new_empty(rows, heads, P, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, scale, normalize, S, z, cu_seqlens, _, sweeps = inputs
+    o, _, _, share = output
+    ctx.save_for_backward(q, k, v, o, share, S, z, cu_seqlens)
+    ctx.settings = scale, normalize, sweeps
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, run: Any, do: Tensor | None, dS: Tensor | None, dz: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, o, share, S, z, cu_seqlens = ctx.saved_tensors
+    scale, normalize, sweeps = ctx.settings
+    dS, dz = (x if x is not None and x.shape[0] else None for x in (dS, dz))
+    dq, dk, dv, dS0, dz0 = run(do, dS, dz, q, k, v, o, share, scale, normalize, S, z, cu_seqlens, sweeps)
+    given = S is not None
+    return dq, dk, dv, None, None, dS0 if given else None, dz0 if given else None, None, None, None
+
+
+def _backward(ctx: Any, do: Tensor | None, dS: Tensor | None, dz: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    return _gradients(ctx, taylor_backward, do, dS, dz)
+
+
+taylor_forward.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """What the operators do, without torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        from linattn.mixers.taylor import triton
+
+        output = triton.forward(*inputs)
+        _setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[3])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dS: Tensor | None, dz: Tensor | None, _: Tensor | None) -> Any:
+        from linattn.mixers.taylor import triton
+
+        return _gradients(ctx, triton.backward, do, dS, dz)
+
+
+@torch.library.custom_op("linattn::taylor_summarize", mutates_args=())
+def taylor_summarize(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sweeps: str) -> tuple[Tensor, Tensor]:
+    """S [N, H, P, V] and z [N, H, P] of keys and values read from nothing."""
+    from linattn.mixers.taylor import triton
+
+    return triton.summarize(k, v, cu_seqlens, sweeps)
+
+
+@taylor_summarize.register_fake
+def _(k, v, cu_seqlens, sweeps):
+    sizes = document_count(k.shape[0], cu_seqlens), max(k.shape[2], v.shape[2]), n_features(k.shape[3])
+    return k.new_empty(*sizes, v.shape[3], dtype=torch.float32), k.new_empty(*sizes, dtype=torch.float32)
+
+
+def _setup_summary(ctx: Any, inputs: Any, output: Any) -> None:
+    k, v, cu_seqlens, sweeps = inputs
+    ctx.save_for_backward(k, v, cu_seqlens)
+    ctx.sweeps = sweeps
+    ctx.set_materialize_grads(False)
+
+
+def _backward_summary(ctx: Any, dS: Tensor | None, dz: Tensor | None) -> tuple[Any, ...]:
+    # A State's gradient reaches its tokens as the final State's does: through the sweeps in reverse, no output read.
+    k, v, cu_seqlens = ctx.saved_tensors
+    heads = max(k.shape[2], v.shape[2])
+    share = k.new_empty(k.shape[0], heads, 0, dtype=torch.float32)
+    _, dk, dv, _, _ = taylor_backward(
+        None, dS, dz, k, k, v, v, share, 1.0, False, None, None, cu_seqlens, ctx.sweeps
+    )  # fmt: skip
+    return dk, dv, None, None
+
+
+taylor_summarize.register_autograd(_backward_summary, setup_context=_setup_summary)
+
+
+def summarize(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, *, sweeps: str) -> TaylorState:
+    """`taylor.summarize` on checked arguments."""
+    if lengths is None:
+        return TaylorState(*taylor_summarize(k, v, cu_seqlens, sweeps))
+    # What counts of a row and what lies beyond are a document each; of the States, every second one is dropped.
+    B, T = k.shape[:2]
+    starts = torch.arange(B, device=k.device, dtype=torch.int32) * T if cu_seqlens is None else cu_seqlens[:-1]
+    ends = torch.stack([starts, starts + lengths.to(torch.int32)], 1).flatten()
+    offsets = torch.cat([ends, ends.new_full((1,), B * T)])
+    S, z = taylor_summarize(k.flatten(0, 1)[None], v.flatten(0, 1)[None], offsets, sweeps)
+    return TaylorState(S[::2], z[::2])
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    normalize: bool,
+    initial_state: TaylorState | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+    sweeps: str,
+) -> tuple[Tensor, TaylorState | None]:
+    S0, z0 = (None, None) if initial_state is None else initial_state
+    run: Any = taylor_forward
+    if plain(q, k, v, S0, z0, cu_seqlens):
+        from linattn.mixers.taylor import triton
+
+        run = _Eager.apply if torch.is_grad_enabled() else triton.forward
+    o, S, z, _ = run(q, k, v, float(scale), normalize, S0, z0, cu_seqlens, return_state, sweeps)
+    return o, TaylorState(S, z) if return_state else None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, TaylorState | None]:
+    """`taylor_attention` on checked arguments, by the Triton sweeps."""
+    return _forward(q, k, v, sweeps="triton", **settings)
+
+
+def forward_cuda(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, TaylorState | None]:
+    """`taylor_attention` on checked arguments, by the CUDA sweeps."""
+    return _forward(q, k, v, sweeps="cuda", **settings)
+
+
+@torch.library.custom_op("linattn::taylor_step", mutates_args=("S", "z"))
+def taylor_step(
+    q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, slots: Tensor, scale: float, normalize: bool
+) -> Tensor:
+    """One token a row: y [B, Ho, V]; S [slots, H, P, V] and z [slots, H, P] are rewritten in place."""
+    from linattn.mixers.taylor import triton_step
+
+    return triton_step.step_(q, k, v, S, z, slots, scale, normalize)
+
+
+@torch.library.custom_op(
+    "linattn::taylor_step_deferred", mutates_args=("S", "z", "recent_k", "recent_v", "count", "copy")
+)
+def taylor_step_deferred(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    S: Tensor,
+    z: Tensor,
+    recent_k: Tensor,
+    recent_v: Tensor,
+    count: Tensor,
+    copy: Tensor | None,
+    slots: Tensor,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    """One token a row over the leaves of a `DeferredPool`, which are rewritten in place: y [B, Ho, V]."""
+    from linattn.mixers.taylor import triton_step_deferred
+
+    pool = (S, z, recent_k, recent_v, count, copy)
+    return triton_step_deferred.step_deferred_(q, k, v, *pool, slots, scale, normalize)
+
+
+@taylor_step.register_fake
+def _(q, k, v, S, z, slots, scale, normalize):
+    return v.new_empty(q.shape[0], max(q.shape[1], S.shape[1]), v.shape[2])
+
+
+@taylor_step_deferred.register_fake
+def _(q, k, v, S, z, recent_k, recent_v, count, copy, slots, scale, normalize):
+    return v.new_empty(q.shape[0], max(q.shape[1], S.shape[1]), v.shape[2])
+
+
+def step_(
+    q: Tensor, k: Tensor, v: Tensor, pool: TaylorState, slots: Tensor, *, scale: float, normalize: bool
+) -> Tensor:
+    """`taylor_step_` on checked arguments."""
+    return taylor_step(q, k, v, pool.S, pool.z, slots, scale, normalize)

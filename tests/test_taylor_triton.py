@@ -1,0 +1,418 @@
+"""Taylor attention's Triton sweeps without a GPU: laws and float64 through the interpreter, and compiled ahead of time.
+
+The interpreter has no bfloat16 products, so kernels run in float32. Skipped where triton is not installed.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter's kernels would take the place of the GPU's", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
+pytest.importorskip("triton")
+
+from taylor_truth import above, errors
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linattn.core import laws, nvrtc, tiles
+from linattn.core.dispatch import Backend, Call, anything, choose
+from linattn.core.laws import Subject
+from linattn.core.numerics import relative_error
+from linattn.mixers import taylor
+from linattn.mixers.prefix import prefix_attention
+from linattn.mixers.prefix.reference import prefix_reference
+from linattn.mixers.taylor import TaylorState, operators, taylor_attention
+from linattn.mixers.taylor import triton as kernels
+from linattn.mixers.taylor.cases import TaylorCase
+
+# The interpreter of triton 3.6 turns arrays of one element into loop bounds, which numpy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+LAWS = ("parity", "parity_from_state", "a_split_is_the_whole", "packed_is_alone", "nothing_is_uninitialised")
+SMALLEST = TaylorCase(2, 130, 1, 8, 8, "one pair of blocks")
+CASES = (
+    TaylorCase(2, 130, 2, 16, 16, "Based's feature dim"),
+    TaylorCase(2, 130, 4, 8, 16, "grouped queries", k_heads=2, v_heads=2),
+    TaylorCase(2, 130, 4, 8, 24, "grouped values", q_heads=2, k_heads=2),
+    TaylorCase(2, 130, 1, 8, 8, "sums", normalize=False),
+)
+PACKED = (0, 5, 5, 140, 140, 300, 300)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    backends = (Backend("triton", anything, operators.forward, operators.step_),)
+    monkeypatch.setattr(taylor, "BACKENDS", backends)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_laws(interpreted, law):
+    assert laws.LAWS[law](Subject(taylor.MIXER, SMALLEST, "triton", torch.float32)) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_parity_from_a_state(interpreted, case):
+    assert laws.parity_from_state(Subject(taylor.MIXER, case, "triton", torch.float32), 70) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("law", LAWS)
+def test_laws_of_every_case(interpreted, law, case):
+    assert laws.LAWS[law](Subject(taylor.MIXER, case, "triton", torch.float32)) == []
+
+
+LIMITS = {"": 5e-6}
+"""float32 throughout; a bug is orders of magnitude above."""
+
+
+def overstepped(T, V, heads=(1, 1, 1), **settings):
+    return above(LIMITS, errors("triton", T, V, torch.float32, heads, **settings))
+
+
+@pytest.mark.parametrize("T", (1, 63, 64, 65))
+def test_lengths_around_a_chunk(T):
+    assert overstepped(T, 8, F=8) == {}
+
+
+@pytest.mark.parametrize("F, V", ((8, 40), (16, 64), (24, 8), (32, 16)))
+def test_feature_and_value_dims(F, V):
+    assert overstepped(66, V, F=F) == {}
+
+
+@pytest.mark.parametrize("heads", ((4, 2, 2), (2, 2, 4), (4, 1, 2)), ids=str)
+def test_grouped_heads(heads):
+    """Heads of q, k and v; the State's are the larger of k's and v's."""
+    assert overstepped(70, 8, heads, F=8, scale=0.6) == {}
+
+
+@pytest.mark.parametrize("given", ((True, False, False), (True, True, True)), ids=("y", "y, S, z"))
+def test_from_nothing(given):
+    assert overstepped(70, 8, F=8, initial=False, given=given) == {}
+
+
+@pytest.mark.parametrize("given", ((False, True, True), (False, False, True), (True, True, False)), ids=str)
+@pytest.mark.parametrize("normalize", (True, False))
+def test_gradients_of_some_outputs_alone(given, normalize):
+    assert overstepped(70, 8, F=8, given=given, normalize=normalize) == {}
+
+
+@pytest.mark.parametrize("segments", (2, 3, 5))
+def test_segments_change_nothing(segments):
+    """Cut at chunks; the last of five is empty of whole ones."""
+    assert overstepped(300, 8, (2, 1, 1), F=8, segments=segments) == {}
+
+
+@pytest.mark.parametrize("segments", (None, 2, 3))
+def test_packed_documents(segments):
+    """Empty ones among them and last, and one that ends inside a segment."""
+    assert overstepped(300, 8, (2, 1, 1), F=8, cu=PACKED, segments=segments) == {}
+
+
+@pytest.mark.parametrize("segments", (None, 2))
+def test_documents_beyond_the_tensors_are_cut_off(segments):
+    """Offsets are on the device and unchecked there: kernels must read and write nothing outside."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 1, 8, generator=generator) for _ in range(3))
+    inside, beyond = (torch.tensor([0, 30, n], dtype=torch.int32) for n in (70, 1000))
+    want, got = (
+        kernels.forward(q, k, v, 0.3, True, None, None, cu, True, "triton", None, segments) for cu in (inside, beyond)
+    )
+    assert [relative_error(x, y) < 1e-6 for x, y in zip(got, want, strict=True)] == [True] * 4
+
+
+def test_nothing_to_read_is_the_state():
+    q, v = torch.zeros(1, 0, 2, 8), torch.zeros(1, 0, 2, 8)
+    S0, z0 = torch.randn(1, 2, 45, 8), torch.randn(1, 2, 45)
+    o, S, z, share = kernels.forward(q, q, v, 0.3, True, S0, z0, None, True)
+    found = kernels.backward(o, S0, z0, q, q, v, o, share, 0.3, True, S0, z0, None)
+    assert o.shape == (1, 0, 2, 8)
+    assert [torch.equal(x, y) for x, y in zip((S, z, *found[3:]), (S0, z0, S0, z0), strict=True)] == [True] * 4
+
+
+def test_the_count_is_exact(interpreted):
+    """With k = 0 the first feature counts tokens: 16-bit sums stop at 256."""
+    zero, one = torch.zeros(1, 1_000, 1, 8), torch.ones(1, 1_000, 1, 8)
+    y, state = taylor_attention(torch.randn(1, 1_000, 1, 8), zero, one, backend="triton")
+    assert float(state.z[0, 0, 0]) == float(state.S[0, 0, 0, 0]) == 1_000
+    assert relative_error(y, torch.ones_like(y)) < 1e-6
+
+
+def test_a_prefix_of_each_row_s_own_length(interpreted):
+    """JRT's prefix is a State: outputs and gradients, the prefix's keys and values among them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 40, 2, 8), (2, 40, 2, 8), (2, 40, 2, 8), (2, 20, 2, 8), (2, 20, 2, 8)]
+    inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
+    do, lengths = torch.randn(2, 40, 2, 8, generator=generator), torch.tensor([20, 7])
+    found = []
+    for run, dtype in ((prefix_reference, torch.float64), (prefix_attention, torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        y = run(*leaves, prefix_lengths=lengths)[0]
+        found.append([y, *torch.autograd.grad(y, leaves, do.to(dtype))])
+    assert [relative_error(x, y, (0, 2)) < 5e-6 for x, y in zip(found[1], found[0], strict=True)] == [True] * 6
+
+
+def edited(folder, old, new):
+    """triton_sweep.py with one place that reads otherwise, as a module of its own."""
+    source = Path(kernels.__file__).with_name("triton_sweep.py").read_text()
+    assert source.count(old) == 1, f"{source.count(old)} places read {old!r}"
+    path = folder / "edited_sweep.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HALF = "(0.5 if LEFT[n] == RIGHT[n] else 1.0)"
+PLANTED = (
+    ("y does not read its own token", "i[None, :] <= i[:, None]\n", "i[None, :] < i[:, None]\n"),
+    ("dk is not read by its own token", "(i[None, :] >= i[:, None])", "(i[None, :] > i[:, None])"),
+    ("no first order through the state", "* x_scale[None, :]).to(dtype)", "* (column == F)[None, :]).to(dtype)"),
+    ("a square weighs 1", f"left *= scale * scale * {HALF}", "left *= scale * scale"),
+    ("a square's gradient weighs 1", f"g *= unit * scale * scale * {HALF}", "g *= unit * scale * scale"),
+    ("a square is stored whole", "1.4142135623730951, 1.0", "1.0, 1.0"),
+    ("the divisor forgets its count", "count += tl.minimum(", "count += 0 * tl.minimum("),
+    ("no gradient through the divisor", "dp += d[:, None]", "dp += 0 * d[:, None]"),
+)
+
+
+@pytest.mark.parametrize("old, new", [x[1:] for x in PLANTED], ids=[x[0] for x in PLANTED])
+def test_a_planted_bug_is_caught(monkeypatch, tmp_path, old, new):
+    monkeypatch.setattr(kernels, "_sweep", edited(tmp_path, old, new)._sweep)
+    over = overstepped(70, 8, F=8)
+    assert max(over.values(), default=0) >= 100, over
+
+
+class Seen(TorchDispatchMode):
+    """Counts the library's operators and lets everything pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] if func.namespace == "linattn" else []
+        return func(*args, **(kwargs or {}))
+
+
+def few_inputs():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 20, 2, 8), (1, 20, 2, 8), (1, 20, 2, 8), (1, 2, 45, 8), (1, 2, 45))
+    inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
+    inputs[4][..., 0] += 100
+    return [x.requires_grad_() for x in inputs]
+
+
+def results(return_state, given):
+    q, k, v, S0, z0 = given
+    o, after = taylor_attention(q, k, v, initial_state=TaylorState(S0, z0), return_state=return_state)
+    loss = o.square().sum() + (after.S.square().sum() + after.z.square().sum() if return_state else 0)
+    return [o, *(after if return_state else []), *torch.autograd.grad(loss, given)]
+
+
+@pytest.mark.parametrize("return_state", (True, False))
+def test_eager_calls_leave_the_dispatcher_out_and_change_nothing(interpreted, return_state):
+    """Where something looks on, a mode here, it sees the operators."""
+    given = few_inputs()
+    alone = results(return_state, given)
+    with Seen() as seen:
+        watched = results(return_state, given)
+    assert seen.names == ["linattn::taylor_forward", "linattn::taylor_backward"]
+    assert [torch.equal(x, y) for x, y in zip(alone, watched, strict=True)] == [True] * len(alone)
+
+
+def test_gradients_reach_only_what_asks_for_them(interpreted):
+    given = few_inputs()
+    want = results(True, given)
+    q, _, v, S0, z0 = (x.detach() for x in given)
+    o, _ = taylor_attention(q, given[1], v, initial_state=TaylorState(S0, z0))
+    assert torch.equal(o, want[0])
+    o.square().sum().backward()
+    assert given[1].grad is not None
+    assert [given[i].grad for i in (0, 2, 3, 4)] == [None] * 4
+
+
+def test_a_gradient_of_the_gradient_is_refused_not_wrong(interpreted):
+    q, k, v, _, _ = few_inputs()
+    o, _ = taylor_attention(q, k, v, return_state=False)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_compiles_without_a_graph_break(interpreted):
+    given = few_inputs()
+    want = results(True, given)
+
+    def run(q, k, v, S0, z0):
+        o, after = taylor_attention(q, k, v, initial_state=TaylorState(S0, z0))
+        return o, after.S, after.z
+
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(*given)
+    got += torch.autograd.grad(sum(x.square().sum() for x in got), given)
+    assert [relative_error(x, y) < 1e-6 for x, y in zip(got, want, strict=True)] == [True] * len(want)
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("rows", "packed"))
+@pytest.mark.parametrize("normalize", (True, False))
+@pytest.mark.parametrize("heads", ((4, 1, 2), (2, 2, 4)), ids=str)
+def test_fakes_have_the_shapes_of_outputs(packed, normalize, heads):
+    """As the interpreted operators give them: shapes, strides and dtypes."""
+    B, cu = (1, torch.tensor([0, 3, 3, 9], dtype=torch.int32)) if packed else (2, None)
+    N, n_state = (3 if packed else B), max(heads[1:])
+    q, k, v = (torch.randn(B, 9, h, 8) for h in heads)
+    states = (None, None), (torch.randn(N, n_state, 45, 8), torch.rand(N, n_state, 45) + 10)
+    for S0, z0 in states:
+        outputs = operators.taylor_forward(q, k, v, 0.3, normalize, S0, z0, cu, S0 is not None, "triton")
+        o, S, z, share = outputs
+        seeds = (o, S, z) if S0 is not None else (o, None, None)
+        found = operators.taylor_backward(*seeds, q, k, v, o, share, 0.3, normalize, S0, z0, cu, "triton")
+        with FakeTensorMode() as mode:
+            fake = lambda x, mode=mode: None if x is None else mode.from_tensor(x)  # noqa: E731
+            a = [fake(x) for x in (q, k, v, S0, z0, cu, o, S, z, share)]
+            fakes = operators.taylor_forward(*a[:3], 0.3, normalize, *a[3:6], S0 is not None, "triton")
+            seeds = a[6:9] if S0 is not None else (a[6], None, None)
+            fakes += operators.taylor_backward(*seeds, *a[:3], a[6], a[9], 0.3, normalize, *a[3:6], "triton")
+        told = [(x.shape, x.dtype, x.stride() if x.numel() else None) for x in (*outputs, *found)]
+        assert [(x.shape, x.dtype, x.stride() if x.numel() else None) for x in fakes] == told
+
+
+def call(F=16, V=64, dtype=torch.bfloat16, device="cuda", capability=(9, 0), stride=None, rows=2):
+    shapes = {"q": (rows, 100, 4, F), "k": (rows, 100, 4, F), "v": (rows, 100, 4, V)}
+    strides = {n: stride or (400 * s[-1], 4 * s[-1], s[-1], 1) for n, s in shapes.items()}
+    return Call("taylor_attention", shapes, strides, dtype, device, capability)
+
+
+@pytest.fixture
+def all_is_here(monkeypatch):
+    monkeypatch.setattr(tiles, "TRITON_VERSION", (3, 6))
+    monkeypatch.setattr(nvrtc, "refusals", list)
+
+
+@pytest.mark.parametrize(
+    "refused, reason",
+    [
+        (call(device="cpu", capability=None), "the inputs are on cpu"),
+        (call(dtype=torch.float32), "bfloat16 or float16"),
+        (call(F=12), "feature dim of 8, 16, 24 or 32, got 12"),
+        (call(F=64), "feature dim of 8, 16, 24 or 32, got 64"),
+        (call(V=60), "multiple of 8 up to 128 at feature dim 16, got 60"),
+        (call(V=264), "multiple of 8 up to 128 at feature dim 16, got 264"),
+        (call(capability=(7, 5)), "compute capability 8.0"),
+        (call(stride=(1, 2, 3, 1)), "multiples of 16 bytes"),
+        (call(stride=(8, 8, 8, 2)), "contiguous along its last axis"),
+        (call(rows=70_000), "at most 60000 rows"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_refusals(all_is_here, refused, reason):
+    """What Triton refuses CUDA does, too, in the same words."""
+    for refuses in (operators.refuses, operators.refuses_cuda):
+        assert any(reason in words for words in refuses(refused))
+    assert choose(taylor.BACKENDS, refused).name == "torch"
+
+
+@pytest.mark.parametrize(
+    "refused, reason",
+    [
+        (call(F=8), "feature dim of 16, got 8"),
+        (call(F=32), "feature dim of 16, got 32"),
+        (call(V=16), "multiple of 16 from 32 to 128, got 16"),
+        (call(V=40), "multiple of 16 from 32 to 128, got 40"),
+        (call(V=144), "multiple of 16 from 32 to 128, got 144"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_cuda_leaves_to_triton(all_is_here, refused, reason):
+    assert any(reason in words for words in operators.refuses_cuda(refused))
+    assert choose(taylor.BACKENDS, refused).name == "triton"
+
+
+def test_what_is_not_refused(all_is_here):
+    packed_qkv = (100 * 3 * 4 * 16, 3 * 4 * 16, 16, 1)
+    for fine in (call(), call(dtype=torch.float16, capability=(8, 0)), call(V=112), call(stride=packed_qkv)):
+        assert choose(taylor.BACKENDS, fine).name == "cuda"
+
+
+def test_without_nvrtc_or_triton(all_is_here, monkeypatch):
+    monkeypatch.setattr(nvrtc, "refusals", lambda: ["needs NVRTC"])
+    assert choose(taylor.BACKENDS, call()).name == "triton"
+    monkeypatch.setattr(tiles, "TRITON_VERSION", None)
+    assert any("pip install triton" in words for words in operators.refuses_cuda(call()))
+    assert choose(taylor.BACKENDS, call()).name == "torch"
+
+
+AHEAD_OF_TIME = """
+import json, os, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from linattn.core.tiles import block_of
+from linattn.mixers.taylor import triton as kernels, triton_sweep
+
+def build(kernel, capability, warps, constants):
+    types = dict.fromkeys(("S_in", "z_in", "S_out", "z_out", "share", "delta", "added", "before", "S", "z"), "*fp32")
+    types |= dict.fromkeys(("cu_seqlens", "segment_document", "segment_start", "first"), "*i32")
+    types |= dict.fromkeys(("x", "y", "r", "w", "out_y", "out_r", "gradient", "out"), "*bf16") | {"scale": "fp32"}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] not in ("constexpr", "fp32")]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    words = dict(w.split(":")[:2] for w in usage.split() if w.count(":") == 1 and w.split(":")[1].isdigit())
+    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "shared": built.metadata.shared}
+
+capability, F, V, which = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if which == "scan":
+    constants = dict(REVERSE=False, PACKED=True, INITIAL=True, INITIAL_GROUP=1, BLOCK=1024)
+    result = build(triton_sweep._scan_segments, capability, 4, constants)
+elif which == "delta":
+    result = build(triton_sweep._delta, capability, 4, dict(V=V, BV=max(16, block_of(V)), BLOCK=64))
+else:
+    tile = kernels.tile_for(F, V)
+    left, right = kernels.blocks_of(F)
+    constants = dict(F=F, X=max(tile.linear, block_of(F + 1)), V=V, BV=max(block_of(V), 64), C=tile.chunk)
+    constants |= dict(LEFT=left, RIGHT=right, NUM_STAGES=tile.stages, REVERSE=which == "dkv", NORMALIZE=True)
+    constants |= dict.fromkeys(("X_GROUP", "Y_GROUP", "R_GROUP", "W_GROUP", "STATE_GROUP"), 1)
+    constants |= dict(VALUES=which in ("y", "dkv"), KEYS=which in ("dq", "dkv"), PACKED=which == "state")
+    constants |= dict(SPLIT=which == "state", INITIAL=False, FINAL={"y": 1, "state": 2}.get(which, 0))
+    result = build(triton_sweep._sweep, capability, tile.warps, constants)
+print(json.dumps(result))
+"""
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
+"""Bytes of shared memory that one block may have."""
+SWEEPS = ("y", "dq", "dkv", "state")
+COMPILED = [(90, 16, 64, x) for x in ("y", "state", "scan", "delta")] + [(80, 16, 64, "y"), (89, 16, 64, "y")]
+SLOW = [(cap, 16, 64, x) for cap in (80, 89, 90) for x in SWEEPS if (cap, 16, 64, x) not in COMPILED]
+SLOW += [(cap, 16, 112, x) for cap in (80, 89, 90) for x in SWEEPS]
+SLOW += [(90, F, 64, x) for F in (8, 24, 32) for x in ("y", "dkv")] + [(90, 16, 128, "dkv")]
+
+
+@pytest.mark.parametrize(
+    "capability, F, V, sweep", [*COMPILED, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)], ids=str
+)
+def test_compiles_ahead_of_time(capability, F, V, sweep, record_property):
+    """For GPUs that are not here: what `tile_for` chooses fits. Registers, spills (bytes a thread) are recorded."""
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", AHEAD_OF_TIME, str(capability), str(F), str(V), sweep]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    usage = json.loads(done.stdout.splitlines()[-1])
+    for name, value in usage.items():
+        record_property(name, value)
+    assert usage["shared"] <= SHARED[capability]
+    assert usage["spilled"] <= 4096
