@@ -374,6 +374,8 @@ def test_record_names_the_machine():
     with mock.patch("sys.argv", ["/somewhere/bin/linattn", "bench", "taylor", "--cases", "two words"]):
         here = machine("cpu")
     assert here.command == "linattn bench taylor --cases 'two words'"
+    with mock.patch("sys.argv", ["/somewhere/linattn/cli/main.py", "bench", "taylor"]):
+        assert machine("cpu").command == "linattn bench taylor"
     assert here.gpu.startswith("cpu (") and "thread" in here.gpu
     assert here.torch == torch.__version__
     assert machine("cpu", "0123456789ab").commit == "0123456789ab"
@@ -393,7 +395,7 @@ def test_an_op_is_measured(op, tmp_path):
         assert 0 < r.best_ms <= r.p50_ms <= r.p80_ms
         assert r.floor_ms > 0 and r.runs == 2 and r.peak_bytes > 0
     rivals = {r.impl.split()[0]: r.gate for r in records if r.impl != "linattn"}
-    quadratic = {} if op in ("softmax", "shortconv") else {"quadratic": "ok"}
+    quadratic = {"shortconv": {"conv1d": "ok"}, "softmax": {}}.get(op, {"quadratic": "ok"})
     attention = {} if op == "shortconv" else {"sdpa": "ok" if op == "softmax" else "another op"}
     assert rivals == quadratic | attention
     assert [r.impl for r in read_records(results_path(op, "cpu", tmp_path))] == [r.impl for r in records]
@@ -479,10 +481,12 @@ def test_memory_is_counted():
 
 @pytest.mark.parametrize("op", cpu.CPU_CASES)
 def test_memory_is_linear(op):
+    """A block of work whose size does not grow, and so much a token; scores of T^2 would put the constant below 0."""
     grown = cpu.memory_per_token(op, lengths=(1024, 2048, 4096), console=quiet())
     assert set(grown) == {"forward", "forward+backward", "kept"}
     for name, (constant, a_token) in grown.items():
-        assert a_token > 0 and constant / 4096 < 2.5 * a_token, name
+        assert a_token > 0, name
+        assert -0.1 * 4096 * a_token < constant < 2**25, name
 
 
 def test_cost_per_token_is_measured(tmp_path):

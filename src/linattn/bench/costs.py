@@ -11,6 +11,9 @@ them. A backward pass has five products inside a chunk where forward has two, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from linattn.bench.cases import BenchCase, Pass
@@ -39,6 +42,12 @@ def costs(case: BenchCase, pass_: Pass, dtype: torch.dtype) -> Costs:
     if isinstance(case, ShortConvCase):
         return _shortconv(case, pass_, size)
     return _attention(case, pass_, size)
+
+
+def attention_flops(inputs: Mapping[str, Any]) -> float:
+    """FLOPs forward of causal softmax attention with the heads of ``inputs``' q and v, q and k as wide as v."""
+    B, T, H, V = inputs["v"].shape
+    return 2 * B * max(H, inputs["q"].shape[2]) * T * T * V
 
 
 def _tokens(q: int, k: int, v: int, o: int, pass_: Pass) -> int:

@@ -8,6 +8,7 @@ held against the float64 torch backend too, first and last row and head, whose o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from linattn.bench.cases import BenchCase
-from linattn.core.laws import Subject, broken_laws
+from linattn.core.laws import LAWS, Subject, broken_laws
 from linattn.core.mixer import Mixer
 from linattn.core.numerics import TORCH_TOLERANCE, relative_error, scale_floor
 from linattn.mixers.prefix.cases import PrefixCase
@@ -27,13 +28,35 @@ BACKWARD_TOKENS = 2**18
 """Longest sequence whose gradients are compared: in float64 a head of 128 keeps some 2 GB for backward."""
 
 
-def gate(mixer: Mixer, case: BenchCase, *, backend: str | None, dtype: torch.dtype, device: str) -> str:
+def gate(
+    mixer: Mixer,
+    case: BenchCase,
+    *,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str,
+    laws: Sequence[str] = (),
+    say: Callable[[str], object] | None = None,
+) -> str:
     """The verdict on the small version of ``case``: "ok", or the names of the broken laws, separated by spaces.
 
     With no backend named it is that of whichever the op chooses, held to the tolerance of one that is not torch's.
+    ``laws`` are the names of those to run, none: all. ``say`` is told what is wrong, a line each.
     """
     named: Any = backend
-    return " ".join(broken_laws(Subject(mixer, small(case), named, dtype, device))) or OK
+    chosen = {n: law for n, law in LAWS.items() if not laws or n in laws}
+    broken = broken_laws(Subject(mixer, small(case), named, dtype, device), chosen)
+    for name, wrong in broken.items():
+        if say is not None:
+            say(f"{mixer.name} {small(case).name}, {name}: {'; '.join(wrong[:3])}")
+    return " ".join(broken) or OK
+
+
+def check_laws(names: Sequence[str]) -> None:
+    """Refuse a law that is not in `LAWS`, naming those that are."""
+    for name in names:
+        if name not in LAWS:
+            raise ValueError(f"unknown law {name!r}; choose from {list(LAWS)}")
 
 
 def small(case: BenchCase) -> BenchCase:

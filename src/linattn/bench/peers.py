@@ -43,7 +43,7 @@ class Peer(NamedTuple):
 
     ops: which ops it stands beside. same: whether it computes their function, so that its output can be checked.
     build: (op, inputs of the op, whether gradients are wanted) -> `Ready`, or the reason why not.
-    version: of what is measured, for the record.
+    version: of what is measured, for the record. quadratic: whether its cost is that of causal attention.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Peer(NamedTuple):
     same: bool
     build: Build
     version: Callable[[], str]
+    quadratic: bool = False
 
     def computes(self, op: str) -> bool:
         """Whether its output should be the op's."""
@@ -153,6 +154,60 @@ def lightning_attn(op: str, inputs: dict[str, Any], grad: bool) -> Ready | str:
     return Ready(lambda: ops.lightning_attn_func(q, k, v, slopes).transpose(1, 2), leaves)
 
 
+def flex_window(op: str, inputs: dict[str, Any], grad: bool) -> Ready | str:
+    """torch's FlexAttention, compiled, with a causal mask of ``window`` keys; the mask of blocks is made beforehand."""
+    if inputs["q"].device.type != "cuda":
+        return CUDA_ONLY
+    return flex_call(inputs, grad, _compiled)
+
+
+def flex_call(inputs: dict[str, Any], grad: bool, compiled: Callable[[Any], Any]) -> Ready:
+    """`flex_window` on any device; ``compiled`` makes the function that runs from torch's."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = leaves = tuple(leaf(inputs[n], grad) for n in "qkv")
+    T, window, scale = q.shape[1], inputs["window"], inputs.get("scale")
+    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, T, T, device=str(q.device))
+    attend = compiled(flex_attention)
+
+    def run() -> Tensor:
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(*heads, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+    return Ready(run, leaves)
+
+
+def torch_conv(compiled: bool) -> Build:
+    """torch's depthwise conv1d with left padding, then the activation and the gate; eager, or compiled as one."""
+
+    def build(op: str, inputs: dict[str, Any], grad: bool) -> Ready | str:
+        if compiled and inputs["x"].device.type != "cuda":
+            return CUDA_ONLY
+        names = tuple(n for n in ("x", "weight", "bias", "gate") if inputs.get(n) is not None)
+        leaves = tuple(leaf(inputs[n], grad) for n in names)
+        activation = inputs.get("activation")
+
+        def conv(*tensors: Tensor) -> Tensor:
+            given = dict(zip(names, tensors, strict=True))
+            x, weight = given["x"], given["weight"]
+            D, taps = weight.shape
+            y = F.conv1d(x.transpose(1, 2), weight[:, None], given.get("bias"), padding=taps - 1, groups=D)
+            y = y[..., : x.shape[1]].transpose(1, 2)
+            y = F.silu(y) if activation == "silu" else y
+            return y * given["gate"] if "gate" in given else y
+
+        function = _compiled(conv) if compiled else conv
+        return Ready(lambda: function(*leaves), leaves)
+
+    return build
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for these shapes alone: what was compiled before counts against no limit of recompilations."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def _import(module: str, inputs: dict[str, Any]) -> Any:
     """The module, or why it cannot be had."""
     if inputs["q"].device.type != "cuda":
@@ -176,17 +231,23 @@ def _of(package: str) -> Callable[[], str]:
 _torch = _of("torch")
 
 PEERS = (
-    Peer("quadratic", ("taylor", "prefix", "lightning", "window"), True, quadratic, lambda: ""),
-    Peer("sdpa", ATTENTION, False, sdpa(None), _torch),
-    Peer("sdpa-flash", ATTENTION, False, sdpa(SDPBackend.FLASH_ATTENTION), _torch),
-    Peer("sdpa-cudnn", ATTENTION, False, sdpa(SDPBackend.CUDNN_ATTENTION), _torch),
-    Peer("sdpa-efficient", ATTENTION, False, sdpa(SDPBackend.EFFICIENT_ATTENTION), _torch),
+    Peer("quadratic", ("taylor", "prefix", "lightning", "window"), True, quadratic, lambda: "", True),
+    Peer("sdpa", ATTENTION, False, sdpa(None), _torch, True),
+    Peer("sdpa-flash", ATTENTION, False, sdpa(SDPBackend.FLASH_ATTENTION), _torch, True),
+    Peer("sdpa-cudnn", ATTENTION, False, sdpa(SDPBackend.CUDNN_ATTENTION), _torch, True),
+    Peer("sdpa-efficient", ATTENTION, False, sdpa(SDPBackend.EFFICIENT_ATTENTION), _torch, True),
     Peer("fla-chunk_simple_gla", ("lightning",), True, fla_simple_gla, _of("flash-linear-attention")),
-    Peer("fla-parallel_based", ("taylor",), True, fla_based("parallel_based"), _of("flash-linear-attention")),
+    Peer("fla-parallel_based", ("taylor",), True, fla_based("parallel_based"), _of("flash-linear-attention"), True),
     Peer("fla-fused_chunk_based", ("taylor",), True, fla_based("fused_chunk_based"), _of("flash-linear-attention")),
     Peer("lightning_attn", ("lightning",), True, lightning_attn, _of("lightning_attn")),
+    Peer("flex_attention", ("window",), True, flex_window, _torch),
+    Peer("conv1d", ("shortconv",), True, torch_conv(False), _torch),
+    Peer("conv1d-compiled", ("shortconv",), True, torch_conv(True), _torch),
 )
 """In the order of the table. fla's distribution is named flash-linear-attention."""
+
+RIVALS = tuple(p.name for p in PEERS if p.name not in ("quadratic", "sdpa", "sdpa-efficient"))
+"""Those of a GPU's tables: public kernels that one would use instead."""
 
 
 def peers_of(op: str) -> tuple[Peer, ...]:

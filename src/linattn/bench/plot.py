@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from linattn.bench.record import Record
 
 DOTS = 180
+LABEL_GAP = 0.05
+"""Least distance of two labels at the ends of lines, as a share of the axis."""
 INK, FAINT, GRID = "#1b1f24", "#6b7280", "#e5e7eb"
 OURS, OTHER = "#0f62a6", "#c2410c"
 COLORS = (OURS, OTHER, "#0f766e", "#7c3aed", "#a16207", "#be185d", "#4b5563", "#15803d")
@@ -109,24 +111,71 @@ def plot_lengths(records: Sequence[Record], path: Path, *, pass_: str = "fwd", t
     if not lines:
         raise ValueError(f"no timed record of pass {pass_!r} among {len(records)}")
     with _style() as figure_of:
-        from matplotlib.ticker import LogLocator
-
         figure = figure_of(11.5, 4.6)
         for axes, each, name in zip(figure.subplots(1, 2), (False, True), ("ms a call", "µs a token"), strict=True):
             for color, (impl, points) in zip(_cycle(len(lines)), lines.items(), strict=True):
                 _line(axes, impl, points, color, each)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.grid(axis="y")
-            axes.xaxis.set_major_formatter(lambda x, _: _binary(x))
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
-            axes.yaxis.set_minor_formatter("")
-            axes.tick_params(which="both", length=0)
-            axes.set_xlabel("tokens a sequence")
-            axes.set_title(name)
+            _length_axes(axes, name)
         some = records[0]
         figure.suptitle(title or f"{some.op}, {pass_}, {some.gpu}", x=0.01, ha="left", fontsize=12)
+        _save(figure, path)
+
+
+def plot_time_memory(
+    lines: Mapping[str, Mapping[int, Record]], path: Path, *, title: str, ours: Sequence[str] = ("linattn",)
+) -> None:
+    """Two panels: milliseconds a call, and GiB at its peak, against length; Lightning Attention-2's figure.
+
+    Args:
+        lines: label -> length -> a timed record. Records without a peak are left out of the second panel.
+        ours: labels drawn thicker.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing. ValueError: no lines.
+    """
+    panels = [
+        ("ms a call", {n: {t: r.p50_ms for t, r in line.items()} for n, line in lines.items()}),
+        ("GiB at the peak of a call", {n: _peaks(line) for n, line in lines.items()}),
+    ]
+    _panels([(name, {n: line for n, line in panel.items() if line}) for name, panel in panels], path, title, ours)
+
+
+def plot_speeds(panels: Sequence[tuple[str, Mapping[str, Mapping[int, float]]]], path: Path, *, title: str) -> None:
+    """A panel a size of model: tokens per second against length, a line for each label.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing. ValueError: no lines.
+    """
+    _panels(panels, path, title, [label for _, lines in panels for label in lines if not label.startswith("attention")])
+
+
+def _peaks(line: Mapping[int, Record]) -> dict[int, float]:
+    return {t: r.peak_bytes / 2**30 for t, r in line.items() if r.peak_bytes}
+
+
+def _panels(
+    panels: Sequence[tuple[str, Mapping[str, Mapping[int, float]]]], path: Path, title: str, thick: Sequence[str]
+) -> None:
+    """Panels side by side, both axes logarithmic; a label has one colour in all of them."""
+    drawn = [(name, lines) for name, lines in panels if lines]
+    if not drawn:
+        raise ValueError("nothing to draw: no record was timed")
+    labels = list(dict.fromkeys(label for _, lines in drawn for label in lines))
+    colors = dict(zip(labels, _cycle(len(labels)), strict=True))
+    with _style() as figure_of:
+        figure = figure_of(5.9 * len(drawn) + 0.5, 4.6)
+        for axes, (name, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+            for label, line in lines.items():
+                lengths, values = list(line), list(line.values())
+                width = 2.6 if label in thick else 1.7
+                axes.plot(lengths, values, color=colors[label], linewidth=width, marker="o", markersize=4)
+            _length_axes(axes, name)
+            ends = {label: list(line.items())[-1] for label, line in lines.items()}
+            bottom, top = axes.get_ylim()
+            heights = spread({label: y for label, (_, y) in ends.items()}, (top / bottom) ** LABEL_GAP)
+            for label, (x, _) in ends.items():
+                _end_label(axes, x, heights[label], label, colors[label], size=9)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         _save(figure, path)
 
 
@@ -156,6 +205,31 @@ def _line(axes: Any, impl: str, points: Mapping[int, Record], color: str, each: 
     axes.plot(lengths, middle, color=color, linewidth=width, marker="o", markersize=4)
     axes.fill_between(lengths, low, high, color=color, alpha=0.15, linewidth=0)
     _end_label(axes, lengths[-1], middle[-1], impl, color, size=9)
+
+
+def spread(heights: Mapping[str, float], factor: float) -> dict[str, float]:
+    """Heights of labels in the same order, moved up so that each is at least ``factor`` times the one below."""
+    moved: dict[str, float] = {}
+    below = 0.0
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        moved[name] = below = max(height, below * factor)
+    return moved
+
+
+def _length_axes(axes: Any, title: str) -> None:
+    """Both axes logarithmic, lengths in powers of two."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(axis="y")
+    axes.xaxis.set_major_formatter(lambda x, _: _binary(x))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.tick_params(which="both", length=0)
+    axes.set_xlabel("tokens a sequence")
+    axes.set_title(title)
 
 
 def _tokens_of(r: Record) -> int:

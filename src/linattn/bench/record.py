@@ -103,7 +103,8 @@ def machine_slug(device: str) -> str:
 
 def machine(device: str, known_commit: str = "") -> Machine:
     """This machine, now. ``known_commit`` names the commit of a tree that was copied without its history."""
-    argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0]).name
+    argv = ["linattn" if program == "main.py" else program, *sys.argv[1:]]  # python -m linattn.cli.main is it too
     return Machine(
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=known_commit or commit(),

@@ -12,11 +12,18 @@ from rich.table import Table
 from linattn.bench.record import Record
 
 
-def print_records(console: Console, records: Sequence[Record], missing: Sequence[tuple[str, str]] = ()) -> None:
-    """One case and pass: every implementation with its median, how far from the floor and ours, its memory."""
+def print_records(
+    console: Console, records: Sequence[Record], missing: Sequence[tuple[str, str]] = (), target_ms: float = math.nan
+) -> None:
+    """One case and pass: every implementation with its median, how far from the floor and ours, its memory.
+
+    ``target_ms`` is what ours is to reach, NaN where nothing was set.
+    """
     if records:
         first = records[0]
         title = f"{first.op} {first.case} {first.pass_} {first.dtype}, floor {_ms(first.floor_ms)} ms"
+        if not math.isnan(target_ms):
+            title += f", target {_ms(target_ms)} ms"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("impl", no_wrap=True)
         for name in ("ms", "p20", "p80", "x floor", "x ours", "MiB"):

@@ -33,6 +33,9 @@ CYCLES_PER_SECOND = 2e9
 MAX_SETS = 64
 """Input sets that are rotated at most. Tiny inputs stay in cache then, as they would in a model."""
 
+MAX_POOLS = 512
+"""Pools of States that a decoding step rotates through at most: a row of 0.7 MB needs 170 to pass a GPU's L2."""
+
 
 class Timing(NamedTuple):
     """Milliseconds of one call over ``runs`` runs."""
@@ -110,7 +113,26 @@ def rotate(calls: Sequence[Call]) -> Call:
     return call
 
 
-def sets_beyond_cache(bytes_a_set: int, device: str) -> int:
+def time_host(call: Call, *, device: str = "cpu", calls: int = 20, repeats: int = 7) -> Timing:
+    """One of ``calls`` calls that the host issues one after another, by its clock: what eager code waits for.
+
+    Where launching takes longer than running, this is the launching; `time_calls` hides that.
+    """
+    cuda = torch.device(device).type == "cuda"
+    samples = []
+    for _ in range(repeats + 1):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if cuda:
+            torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start) * 1e3 / calls)
+    return summary(samples[1:])
+
+
+def sets_beyond_cache(bytes_a_set: int, device: str, most: int = MAX_SETS) -> int:
     """How many input sets make twice the GPU's L2: 1 where one alone is larger, and 1 on a CPU.
 
     A CPU's figures are of warm caches where the inputs fit, as after the layer before.
@@ -118,7 +140,7 @@ def sets_beyond_cache(bytes_a_set: int, device: str) -> int:
     if torch.device(device).type != "cuda":
         return 1
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(MAX_SETS, max(1, -(-2 * l2 // max(1, bytes_a_set))))
+    return min(most, max(1, -(-2 * l2 // max(1, bytes_a_set))))
 
 
 def graph_replay(calls: Sequence[Call]) -> Call:
