@@ -154,7 +154,7 @@ def test_info_and_doctor(trained, capsys):
         (["info", "based_36m"], 2, "did you mean 'based_360m'?"),
         (["train", "nowhere.py"], 2, "nowhere.py: no such file"),
         (["train", "RECIPE", "--clip=-1"], 2, "clip=-1"),
-        (["eval", "RUN"], 2, "give one of --data FOLDER and --text FILE"),
+        (["eval", "RUN"], 2, "give one of --data FOLDER, --text FILE and --tasks NAMES"),
         (["eval", "RUN", "--text", "EMPTY"], 2, "holds no text"),
         (["eval", "RUN", "--text", "LATIN"], 2, "not UTF-8 at byte 3"),
         (["eval", "RUN", "--text", "bundled:hamlet"], 2, "no such bundled text"),

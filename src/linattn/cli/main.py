@@ -15,7 +15,7 @@ import linattn
 VERBS = {
     "prepare": ("linattn.cli.prepare", "text files to token shards"),
     "train": ("linattn.cli.train", "train a model from a recipe or a run.yaml, or resume it"),
-    "eval": ("linattn.cli.evaluate", "perplexity and bits per byte of a checkpoint on held-out shards or text"),
+    "eval": ("linattn.cli.evaluate", "bits per byte of held-out text, recall, and lm-eval's tasks"),
     "generate": ("linattn.cli.generate", "continue a prompt, also from a saved state"),
     "read": ("linattn.cli.read", "read a text of any length into a state on disk"),
     "convert": (
