@@ -156,7 +156,9 @@ def graph_replay(calls: Sequence[Call]) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
+        results = [call() for call in calls]
+    # A graph holds addresses only: what the calls hold must outlive it, or replays write into memory of others.
+    kept = (results, list(calls))
 
     def replay() -> Any:
         graph.replay()
