@@ -128,10 +128,9 @@ def test_what_a_state_cannot_do_is_refused(model):
         written(model, ids, cache_implementation="quantized")
     with pytest.raises(ValueError, match="DynamicCache; linattn models keep States"):
         written(model, ids, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="stateful"):
-        written(model, ids[:1], prompt_lookup_num_tokens=3)
-    with pytest.raises(ValueError, match="inputs_embeds"):
-        model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2, **GREEDY)
+    for assisted in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        with pytest.raises(ValueError, match="cannot be rolled back: a State cannot forget"):
+            written(model, ids[:1], **assisted)
 
 
 def test_streamers_get_the_text(model, capsys):

@@ -112,3 +112,12 @@ class LinattnCache(Cache):
 
     def __repr__(self) -> str:
         return f"LinattnCache(rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes()})"
+
+
+def check_cache(cache: Any) -> None:
+    """ValueError for a cache of another kind."""
+    if not isinstance(cache, LinattnCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; linattn models keep States: give a "
+            "linattn.hf.LinattnCache(), or use_cache=True and none"
+        )

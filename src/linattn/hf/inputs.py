@@ -93,12 +93,12 @@ def packed_documents(position_ids: Tensor, shape: torch.Size, mask: Tensor | Non
 
 
 def document_lengths(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """int64 [N]: real tokens of each row of tokens [B, T], or of each packed document."""
+    """int64 [N]: real tokens of each row of tokens [B, T] (or vectors [B, T, D]), or of each packed document."""
     if cu_seqlens is not None:
         return cu_seqlens.diff().long()
     if mask is not None:
         return mask.sum(1)
-    return torch.full_like(tokens[:, 0], tokens.shape[1], dtype=torch.int64)
+    return torch.full(tokens.shape[:1], tokens.shape[1], dtype=torch.int64, device=tokens.device)
 
 
 def given_prefix(prefix_length: int | Tensor, lengths: Tensor, longest: int) -> Tensor:

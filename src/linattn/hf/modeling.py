@@ -12,16 +12,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from linattn.hf.cache import LinattnCache
+from linattn.hf.cache import LinattnCache, check_cache
 from linattn.hf.configuration import STUB, LinattnConfig
+from linattn.hf.generation import LinattnGenerationMixin
 from linattn.hf.inputs import document_lengths, given_prefix, packed_documents, padding_mask
-from linattn.models import Decoder, ModelConfig, build_model
+from linattn.hf.taps import tapped_forward
+from linattn.models import Decoder, ModelConfig, ModelState, build_model
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +32,7 @@ from linattn.hf import LinattnConfig, LinattnForCausalLM
 '''
 
 
-class LinattnForCausalLM(PreTrainedModel, GenerationMixin):
+class LinattnForCausalLM(PreTrainedModel, LinattnGenerationMixin):
     """A linattn model for transformers: generate, pipeline, Trainer and PEFT take it as any other causal model.
 
     ``model`` is the `Decoder`; everything of linattn (generate, snapshots, evaluation) works on it directly.
@@ -131,10 +133,11 @@ class LinattnForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """Read tokens int64 [B, T].
+        """Read tokens int64 [B, T], or the vectors that stand for them.
 
         Args:
             input_ids: int64 [B, T].
+            inputs_embeds: [B, T, d_model] in their place, as `get_input_embeddings` returns them.
             attention_mask: [B, T] or [B, columns read + T], 0 on pads, wherever they are; or a dict of masks by layer
                 type. Padding is exact. The logits of pads mean nothing.
             position_ids: int64 [B, T], and needed only to pack documents: where they begin anew at 0, so does the
@@ -147,12 +150,17 @@ class LinattnForCausalLM(PreTrainedModel, GenerationMixin):
                 is min(the model's, the prompt) in a call with an empty cache (what generate does), and 0 in any
                 other: there the tokens to be predicted are part of the input, and a prefix would show them.
             num_items_in_batch: the Trainer's; the loss is summed and divided by it.
-            inputs_embeds, output_attentions, output_hidden_states: refused.
+            output_hidden_states: whether to return [B, T, d_model] before each block, which is the residual stream
+                (fp32 where the weights are 16-bit), and then the final norm's output; None: as the configuration says.
+            output_attentions: refused.
 
         Raises:
             ValueError: arguments that do not fit one another, with the fix.
         """
-        tokens = _checked(input_ids, inputs_embeds, past_key_values, output_attentions, output_hidden_states)
+        _check(input_ids, inputs_embeds, self.config.hidden_size, past_key_values, output_attentions)
+        tokens = cast(Tensor, input_ids)
+        if inputs_embeds is not None:
+            tokens = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
         cache = past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -164,18 +172,23 @@ class LinattnForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = use_cache and cu_seqlens is None
         keep = use_cache or cache is not None
         prefix = self._prefix_lengths(prefix_length, cache, document_lengths(tokens, mask, cu_seqlens))
-        out = self.model(
-            tokens if cu_seqlens is None else tokens.reshape(1, -1),
-            state=None if cache is None else cache.state,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            prefix_lengths=prefix,
-            logits="none",
-            return_state=keep,
-        )
+        record = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        options: dict[str, Any] = {
+            "state": None if cache is None else cache.state,
+            "mask": mask,
+            "cu_seqlens": cu_seqlens,
+            "prefix_lengths": prefix,
+            "logits": "none",
+            "return_state": keep,
+        }
+        row = tokens if cu_seqlens is None else tokens.reshape(1, -1)
+        if inputs_embeds is None and not record:
+            out, streams = self.model(row, **options), []
+        else:
+            out, streams = tapped_forward(self.model, row, inputs_embeds, bool(record), **options)
         if keep:
             cache = LinattnCache() if cache is None else cache
-            cache.advance(out.state, tokens.shape[1])
+            cache.advance(cast(ModelState, out.state), tokens.shape[1])
         hidden = out.hidden.view(*tokens.shape, -1)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(hidden[:, kept])
@@ -184,7 +197,12 @@ class LinattnForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        return CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits), past_key_values=cache if keep else None)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=cast(Any, logits),
+            past_key_values=cache if keep else None,
+            hidden_states=cast(Any, (*(x.view(hidden.shape) for x in streams), hidden)) if record else None,
+        )
 
     def _prefix_lengths(self, given: int | Tensor | None, cache: LinattnCache | None, lengths: Tensor) -> Tensor | None:
         longest = self.model.config.prefix_length
@@ -210,56 +228,6 @@ class LinattnForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return None
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """transformers' own, less prefix_length once the cache holds something."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
-        cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            inputs.pop("prefix_length", None)
-        return inputs
-
-    def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        # The whole prompt is known here and nowhere later: chunks must not each take a prefix of their own, and
-        # without a cache the tokens written so far must not become part of it.
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        started = cache is not None and cache.get_seq_length() > 0
-        longest = self.model.config.prefix_length
-        if started and model_kwargs.get("prefix_length") is not None:
-            raise ValueError("generate: prefix_length belongs to the start of a text, and the cache goes on from one")
-        if longest and not started and model_kwargs.get("prefix_length") is None:
-            model_kwargs["prefix_length"] = document_lengths(input_ids, mask, None).clamp(max=longest)
-        if cache is not None and started and generation_config.prefill_chunk_size is not None:
-            # transformers 5.17 would read the whole history again.
-            width = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-            new = input_ids[:, cache.get_seq_length() :] if width == input_ids.shape[1] else input_ids
-            return self._go_on(new, mask, cache, generation_config.prefill_chunk_size)
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore
-
-    def _go_on(self, tokens: Tensor, mask: Tensor | None, cache: LinattnCache, chunk: int) -> Any:
-        pieces = tokens.split(chunk, 1)
-        masks = [None] * len(pieces) if mask is None else mask[:, -tokens.shape[1] :].split(chunk, 1)
-        out = None
-        for piece, real in zip(pieces, masks, strict=True):
-            out = self(piece, attention_mask=real, past_key_values=cache, logits_to_keep=1, return_dict=True)
-        return out
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        # transformers' dynamic, static and offloaded caches are all this one: nothing in it grows but softmax keys.
-        if generation_config.cache_implementation == "quantized":
-            raise ValueError(
-                "cache_implementation='quantized': States are sums in fp32 and not quantized; leave it out"
-            )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            _check_cache(cache)
-            cache._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = LinattnCache()
-
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
         """Nothing: transformers would copy this source file into every folder; `save_pretrained` writes the stub."""
@@ -274,22 +242,17 @@ class LinattnForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
-def _checked(input_ids: Any, inputs_embeds: Any, cache: Any, attentions: Any, hidden_states: Any) -> Tensor:
-    if inputs_embeds is not None or input_ids is None:
-        raise ValueError("linattn models read input_ids; inputs_embeds is not supported")
-    if attentions or hidden_states:
+def _check(input_ids: Any, inputs_embeds: Any, width: int, cache: Any, attentions: Any) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    if inputs_embeds is not None and (
+        inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width or not inputs_embeds.is_floating_point()
+    ):
         raise ValueError(
-            "output_attentions and output_hidden_states are not supported: these models have no attention matrix; "
-            "for hidden states put forward hooks on model.model.blocks"
+            f"inputs_embeds must be vectors [B, T, {width}], as model.get_input_embeddings() returns them; got "
+            f"{inputs_embeds.dtype} {list(inputs_embeds.shape)}"
         )
+    if attentions:
+        raise ValueError("output_attentions is not supported: most layers of these models have no attention matrix")
     if cache is not None:
-        _check_cache(cache)
-    return input_ids
-
-
-def _check_cache(cache: Any) -> None:
-    if not isinstance(cache, LinattnCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; linattn models keep States: give a "
-            "linattn.hf.LinattnCache(), or use_cache=True and none"
-        )
+        check_cache(cache)
