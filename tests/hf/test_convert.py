@@ -3,21 +3,19 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import types
-from fnmatch import fnmatch
 from pathlib import Path
 
 import published_attention
 import published_based
 import published_jrt
+import published_mamba
 import published_tables as tables
 import published_transnormer
 import pytest
-import tokenizers
 import torch
+from published_files import GREEDY, WORDS, Hub, draw, printed, write, write_tokenizer
 from safetensors.torch import save_file
 
 from linattn.cli import convert as verb
@@ -29,6 +27,7 @@ from linattn.core.config import to_data
 from linattn.models import PUBLISHED, build_model
 from linattn.models.costs import model_costs
 from linattn.models.published import is_published, load_published, plan_published, to_published
+from linattn.models.published.hub import SMALL
 from linattn.train import load_model
 
 TIGHT = 1e-10
@@ -48,49 +47,6 @@ TINY = {
     "tnl3": (tables.transnormer_config(**TINY_TNL, gate=5), tables.transnormer_shapes, published_transnormer),
 }
 FORMS = ("bin", "bin-sharded", "safetensors", "safetensors-sharded")
-
-
-def draw(shapes, seed=0, dtype=torch.float32):
-    """Weights large enough that every part of the model matters; the head is the embedding, as published."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in shapes.items():
-        x = torch.randn(shape, generator=generator)
-        if "norm" in name or "ln_f" in name:
-            x = 1 + 0.3 * x
-        elif name.endswith("theta"):
-            x = x.abs()
-        elif len(shape) == 2:
-            x = 1.5 * x / shape[1] ** 0.5
-        weights[name] = x.to(dtype)
-    for head, embedding in (
-        ("lm_head.weight", "transformer.embeddings.word_embeddings.weight"),
-        ("lm_head.weight", "model.embed_tokens.weight"),
-    ):
-        weights |= {head: weights[embedding]} if embedding in weights else {}
-    return weights
-
-
-def write(folder, config, weights, form="bin"):
-    """A published checkpoint of ``weights`` in ``folder``, in one of `FORMS`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    kind, _, sharded = form.partition("-")
-    stem = "model" if kind == "safetensors" else "pytorch_model"
-    names = list(weights)
-    parts = [names[0::2], names[1::2]] if sharded else [names]
-    files = [f"{stem}-{i:05d}-of-00002.{kind}" for i in (1, 2)] if sharded else [f"{stem}.{kind}"]
-    for file, part in zip(files, parts, strict=True):
-        some = {n: weights[n] for n in part}
-        if kind == "bin":
-            torch.save(some, folder / file)
-        else:
-            save_file({n: x.clone().contiguous() for n, x in some.items()}, folder / file)
-    if sharded:
-        places = {n: file for file, part in zip(files, parts, strict=True) for n in part}
-        index = {"metadata": {"total_size": 1}, "weight_map": places}
-        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def tokens_of(config, length=24):
@@ -568,26 +524,6 @@ def test_a_damaged_export_says_what(change, message, tmp_path):
     assert message in error_of(folder)
 
 
-def write_tokenizer(folder, words):
-    """A tokenizer.json of one word an id; the last ends a document."""
-    vocab = {w: i for i, w in enumerate([*words, "<|endoftext|>"])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=words[0]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
-
-
-WORDS = [f"w{i}" for i in range(36)]
-GREEDY = ("--temperature", "0", "--max-new-tokens", "6", "--device", "cpu")
-
-
-def printed(capsys, *argv):
-    code = main([str(a) for a in argv])
-    out = capsys.readouterr()
-    assert code == 0, out.err
-    return out.out
-
-
 @pytest.fixture
 def published_folder(family, tmp_path):
     config, weights, reading = family
@@ -644,28 +580,6 @@ def test_a_model_without_a_tokenizer_asks_for_one(tmp_path, capsys):
         convert(folder, tmp_path / "more")
 
 
-class Hub(types.ModuleType):
-    """huggingface_hub with the one repository that ``folder`` is, and GPT-2's tokenizer. As there, a snapshot holds
-    what was asked for so far."""
-
-    def __init__(self, folder, tokenizer):
-        super().__init__("huggingface_hub")
-        self.folder, self.tokenizer, self.asked = folder, tokenizer, []
-        self.snapshot = folder.with_name("snapshot")
-
-    def snapshot_download(self, name, allow_patterns):
-        self.asked.append((name, tuple(allow_patterns)))
-        self.snapshot.mkdir(exist_ok=True)
-        for file in self.folder.iterdir():
-            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copyfile(file, self.snapshot / file.name)
-        return str(self.snapshot)
-
-    def hf_hub_download(self, name, filename):
-        self.asked.append((name, filename))
-        return str(self.tokenizer)
-
-
 @pytest.mark.parametrize("form, kinds", [("bin", 2), ("bin-sharded", 2), ("safetensors-sharded", 1)])
 def test_a_hub_name_is_fetched_with_gpt2s_tokenizer(form, kinds, tmp_path, monkeypatch, capsys):
     config, shapes, _ = TINY["based"]
@@ -673,8 +587,8 @@ def test_a_hub_name_is_fetched_with_gpt2s_tokenizer(form, kinds, tmp_path, monke
     hub = Hub(folder, write_tokenizer(tmp_path, WORDS))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert "w1 w2" in printed(capsys, "generate", "--model", "hazyresearch/based-360m", "w1 w2", *GREEDY)
-    wanted = [("hazyresearch/based-360m", ("*.json", "model*.safetensors"))]
-    wanted += [("hazyresearch/based-360m", ("*.json", "pytorch_model*.bin"))]
+    wanted = [("hazyresearch/based-360m", (*SMALL, "model*.safetensors"))]
+    wanted += [("hazyresearch/based-360m", (*SMALL, "pytorch_model*.bin"))]
     assert hub.asked == [*wanted[:kinds], ("openai-community/gpt2", "tokenizer.json")]
     made = convert("hazyresearch/based-360m", tmp_path / "ours")
     assert made.tokenizer is not None and (tmp_path / "ours" / "tokenizer.json").is_file()
@@ -742,5 +656,24 @@ def test_the_pages_commands_and_python_run(tmp_path, monkeypatch, capsys):
         ran.append(name)
     assert ran == ["generate", "convert", "generate"]
     (tmp_path / "checkpoints" / "released").symlink_to(folder)
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     exec(compile(code, "checkpoints.md", "exec"), {})
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("head", [True, False])
+def test_the_pages_mamba_is_the_published_forward(prefix, head, tmp_path):
+    pytest.importorskip("transformers")
+    weights = {name: 0.3 * x for name, x in draw(published_mamba.shapes()).items()}
+    stored = {prefix + name: x for name, x in weights.items()} | {"train_metrics.total": torch.zeros(())}
+    stored |= {f"{prefix}lm_head.weight": weights["backbone.embedding.weight"]} if head else {}
+    folder = write(tmp_path, {"d_model": 12, "n_layer": 2, "ssm_cfg": {}}, stored, "bin-sharded")
+    session: dict = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", PAGE, re.S)[1], "checkpoints.md", "exec"), session)
+    model = session["load_mamba"](folder).double()
+    ids = torch.randint(37, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got = model(ids).logits[0]
+    want = published_mamba.logits({name: x.double() for name, x in weights.items()}, ids[0])
+    assert want.std() > 0.05
+    assert difference(got, want) < 1e-6  # transformers keeps A and its sums in fp32

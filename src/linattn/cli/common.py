@@ -37,7 +37,7 @@ def load(
     if is_published(path) or is_hub_name(path):
         found = read_published(path, DTYPES[dtype], tokenizer)
         if found.tokenizer is None:
-            raise ValueError(f"{path}: has no tokenizer.json; give one with --tokenizer to linattn generate or convert")
+            raise ValueError(f"{path}: {found.missing}")
         return found.decoder(device), found.config, found.tokenizer
     model, config = load_model(path, device, DTYPES[dtype])
     return model, config, load_model_tokenizer(path) if tokenizer is None else load_tokenizer(tokenizer)

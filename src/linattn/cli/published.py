@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linattn.data import Tokenizer, load_tokenizer
+from linattn.data.tokenizer import FileTokenizer
 from linattn.mixers.lightning.layer import LightningLayer
 from linattn.models import Decoder, ModelConfig, TransNormerConfig, build_model
 from linattn.models.published import load_published
@@ -16,11 +17,15 @@ from linattn.models.published.hub import fetch, fetch_gpt2_tokenizer, is_hub_nam
 
 
 class Published(NamedTuple):
-    """A published model in memory; ``tokenizer`` is None where none that linattn reads is beside it."""
+    """A published model in memory.
+
+    ``tokenizer`` is None where none that linattn reads is beside it; ``missing`` then says what to do.
+    """
 
     config: ModelConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer | None
+    missing: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +51,8 @@ def read_published(
     Args:
         source: a folder, or owner/name of a repository on the Hugging Face hub.
         dtype: of the weights; None keeps the file's.
-        tokenizer: a tokenizer.json. Without it the folder's own; for a hub name of a hazyresearch model, GPT-2's.
+        tokenizer: a tokenizer.json. Without it the folder's own, a tokenizer.json or SentencePiece's tokenizer.model;
+            for a hub name of a hazyresearch model, GPT-2's.
 
     Raises:
         ValueError: as `load_published` and `fetch`; a tokenizer of more ids than the model has.
@@ -57,6 +63,8 @@ def read_published(
         found = load_tokenizer(tokenizer)
     elif (folder / "tokenizer.json").is_file():
         found = load_tokenizer(folder)
+    elif (folder / "tokenizer.model").is_file():
+        found = _sentencepiece(folder / "tokenizer.model", Path(source).name)
     elif is_hub_name(source) and not isinstance(config, TransNormerConfig):
         found = load_tokenizer(fetch_gpt2_tokenizer())
     else:
@@ -66,4 +74,21 @@ def read_published(
             f"the tokenizer {found.name} has {found.vocab_size:,} ids, the model {config.vocab_size:,}; "
             "give --tokenizer the model's own"
         )
-    return Published(config, state, found)
+    return Published(config, state, found, _missing(folder) if found is None else "")
+
+
+def _sentencepiece(path: Path, name: str) -> Tokenizer:
+    from linattn.models.published.sentencepiece import sentencepiece_json
+
+    return FileTokenizer(sentencepiece_json(path), name, str(path))
+
+
+def _missing(folder: Path) -> str:
+    tiktoken = next(folder.glob("*.tiktoken"), None)
+    if tiktoken is None:
+        return "has no tokenizer.json; give one with --tokenizer to linattn generate or convert"
+    return (
+        f"its tokenizer is {tiktoken.name}, whose splitting rule and special tokens are Python code of the "
+        "repository, which linattn does not run; make a tokenizer.json of them (transformers.integrations.tiktoken has "
+        "convert_tiktoken_to_fast) and give it with --tokenizer to linattn generate or convert"
+    )

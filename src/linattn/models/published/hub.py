@@ -11,6 +11,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 GPT2 = "openai-community/gpt2"
 """Whose tokenizer.json the hazyresearch models use; their own repositories hold none."""
 
+SMALL = ("*.json", "tokenizer.model", "*.tiktoken")
+"""What is fetched beside the weights: configuration, indices and tokenizers; never Python."""
+
 
 def is_hub_name(source: str | Path) -> bool:
     """Whether ``source`` is spelled owner/name and no path: where a folder ``owner`` is here, a path was meant."""
@@ -33,7 +36,7 @@ def fetch(source: str | Path) -> Path:
     folder = Path()
     for whole, suffix in KINDS:
         weights = f"{Path(whole).stem}*{suffix}"
-        folder = Path(_download("snapshot_download", str(source), allow_patterns=["*.json", weights]))
+        folder = Path(_download("snapshot_download", str(source), allow_patterns=[*SMALL, weights]))
         if any(folder.glob(weights)):
             break
     return folder
