@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+HF_VENV ?= .venv-hf
 # torch's OpenMP waits for a busy core by spinning: 300 to 2,600 tokens/s in training beside one busy process, against
 # 5,600 where it yields early; a few per cent slower on a quiet machine.
 export GOMP_SPINCOUNT = 1000
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all test-wheel test-slow lint bench clean
+.PHONY: demo test test-all test-wheel test-hf-newest test-slow lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +21,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint test test-wheel test-slow
+test-all: lint test test-wheel test-hf-newest test-slow
 
 # Soak, load and the full demo, one after another and on all cores: about fifteen minutes on two.
 test-slow: $(VENV)/installed
@@ -34,6 +35,14 @@ test-wheel: $(VENV)/installed
 	wheel=$$(ls dist/*.whl) && .venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt "$$wheel[dev,interpreter]"
 	OMP_NUM_THREADS=1 .venv-wheel/bin/python -m pytest -n 2 -m "not slow and not gpu"
 
+# The tests of linattn.hf once more, with the newest transformers that installs: elsewhere it is the pinned one, the oldest.
+test-hf-newest:
+	$(PYTHON) -m venv $(HF_VENV)
+	grep -v '^transformers' constraints-cpu.txt > $(HF_VENV)/constraints.txt
+	$(HF_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(HF_VENV)/constraints.txt -e '.[dev,interpreter]' -U transformers
+	$(HF_VENV)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	OMP_NUM_THREADS=1 $(HF_VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" tests/hf
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +52,4 @@ bench: $(VENV)/installed
 	$(BIN)/linattn bench cpu --record
 
 clean:
-	rm -rf $(VENV) .venv-wheel dist demo-out
+	rm -rf $(VENV) .venv-wheel $(HF_VENV) dist demo-out

@@ -1,6 +1,9 @@
 """linattn in lm-eval: its model type, its tasks, and JRT-Prompt around any model of lm-eval's."""
 
 import json
+import os
+import subprocess
+import sys
 import types
 from dataclasses import dataclass, field
 
@@ -109,13 +112,39 @@ def test_the_linattn_model_scores_as_the_model_does(folder):
         assert score == pytest.approx(float(picked), abs=1e-3)
 
 
-def test_the_linattn_model_reads_exports_too(folder, tmp_path):
-    decoder, config = load_model(folder)
-    LinattnForCausalLM.from_decoder(decoder, config).save_pretrained(tmp_path)
-    hf_tokenizer(load_tokenizer("bytes")).save_pretrained(tmp_path)
-    model = LinattnLM(tmp_path, device="cpu", dtype="float32", max_length=512)
+@pytest.fixture(scope="module")
+def export(folder, tmp_path_factory):
+    """The same model as a folder for transformers."""
+    path = tmp_path_factory.mktemp("export")
+    LinattnForCausalLM.from_decoder(*load_model(folder)).save_pretrained(path)
+    hf_tokenizer(load_tokenizer("bytes")).save_pretrained(path)
+    return path
+
+
+def test_the_linattn_model_reads_exports_too(folder, export):
+    model = LinattnLM(export, device="cpu", dtype="float32", max_length=512)
     said = model.generate_until(requests("generate_until", [(PROMPTS[0], dict(STOP))]), disable_tqdm=True)
     assert said == greedy(folder, PROMPTS[:1]) and model.max_length == 512
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_lm_evals_own_model_type_reads_exports(folder, export, batch):
+    model = get_model("hf")(pretrained=str(export), batch_size=batch, device="cpu", max_length=512)
+    said = model.generate_until(requests("generate_until", [(p, dict(STOP)) for p in PROMPTS]), disable_tqdm=True)
+    assert said == greedy(folder, PROMPTS)
+
+
+@pytest.mark.slow
+def test_plain_lm_eval_runs_an_export_by_its_stub(export, tmp_path):
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--limit", "2", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={export},trust_remote_code=True", "--tasks", "linattn_attributes"]
+    command += ["--include_path", str(write_tasks(tmp_path / "tasks")), "--output_path", str(tmp_path / "out")]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONWARNINGS": "default"}
+    subprocess.run(command, check=True, env=offline, timeout=600)
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(results.read_text())
+    assert found["results"]["linattn_attributes"].keys() >= {"contains,none", "contains_stderr,none"}
+    assert found["n-samples"]["linattn_attributes"]["effective"] == 2
 
 
 # ---- read twice around a model
