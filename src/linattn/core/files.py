@@ -1,14 +1,34 @@
-"""Writing files: text whole or not at all, safetensors with the user's umask, and a full disk an OSError."""
+"""Files: JSON read, text written whole or not at all, safetensors with the user's umask, and a full disk an OSError."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What weights may be stored as, by safetensors' names."""
+
+
+def read_json(path: Path) -> Any:
+    """The data of a JSON file.
+
+    Raises:
+        ValueError: it is missing or damaged, with its path.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: is missing; copy the folder again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the folder again") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

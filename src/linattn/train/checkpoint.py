@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 
 from linattn.core.config import config_hash, from_data, to_data
-from linattn.core.files import write_text
+from linattn.core.files import read_json, write_tensors, write_text
 from linattn.data import Tokenizer, TokenShards
 from linattn.models import Decoder, ModelState, map_model_state
 from linattn.train.config import TrainConfig
@@ -36,10 +36,8 @@ from linattn.train.weights import (
     check_tensors,
     checkpoints,
     read_into,
-    read_json,
     write_json,
     write_model,
-    write_tensors,
 )
 
 RECORD, OPTIMIZER, STATE, RESOLVED = "train.json", "optimizer.safetensors", "state.safetensors", "run.yaml"

@@ -19,15 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from linattn.core.config import from_data, to_data
-from linattn.core.files import write_tensors, write_text
+from linattn.core.files import DTYPES, read_json, write_tensors, write_text
 from linattn.data import Tokenizer, load_tokenizer
 from linattn.data.meta import TokenizerMeta
 from linattn.models import Decoder, ModelConfig, build_model
 from linattn.train.folder import write_folder
 
 WEIGHTS, CARD = "model.safetensors", "config.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""What weights may be stored as, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -189,16 +187,6 @@ def read_into(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON for people and machines."""
     write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; a damaged file is a ValueError with its path."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: is missing; copy the folder again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy the folder again") from error
 
 
 def _opened(path: Path) -> Any:

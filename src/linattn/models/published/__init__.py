@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from linattn.core.files import read_json
 from linattn.models import JRTConfig, ModelConfig, TransNormerConfig, build_model
 from linattn.models.published import exported, hazyresearch, opennlplab
 from linattn.models.published.fields import Shapes
-from linattn.models.published.files import Found, read_headers, read_json, read_tensors, weight_files
+from linattn.models.published.files import Found, read_headers, read_tensors, weight_files
 
 FAMILIES = (exported, hazyresearch, opennlplab)
 """Modules with one set of names.

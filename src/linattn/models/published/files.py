@@ -6,7 +6,6 @@ A .bin is read with ``weights_only``: torch's reader of tensors, which runs noth
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from itertools import groupby
@@ -17,11 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from linattn.core.files import DTYPES, read_json
+
 KINDS = (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin"))
 """The file that holds all weights, and what the names of shards end in; the first kind that a folder has is read."""
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""What weights may be stored as, by safetensors' names."""
 
 
 class Found(NamedTuple):
@@ -67,16 +65,6 @@ def read_tensors(found: list[Found]) -> Iterator[Tensor]:
         tensors = _opened(file, "cpu")
         for entry in entries:
             yield tensors[entry.key] if isinstance(tensors, dict) else tensors.get_tensor(entry.key)
-
-
-def read_json(path: Path) -> Any:
-    """The data of a JSON file; a missing or damaged one is a ValueError with its path."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: is missing; copy the folder again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy the folder again") from error
 
 
 def _shards(index: Path, suffix: str) -> list[Path]:
