@@ -11,12 +11,13 @@ from dataclasses import replace
 import pytest
 
 from linattn.bench import BenchConfig, pages, run_bench, table5
-from linattn.bench.model_pages import training_panels
-from linattn.bench.page_parts import label, markdown, ms, ratio
+from linattn.bench.model_pages import prefill_panels, training_panels
+from linattn.bench.page_parts import heading, label, markdown, ms, ratio
 from linattn.bench.pages import chart_lines, newest_runs, pages_of, section_of, write_pages
 from linattn.bench.plot import spread
 from linattn.bench.record import Record, append_records
 from linattn.bench.setting import HOST, IN_GRAPH
+from linattn.bench.tables import TABLES
 
 
 def a_record(case, impl="linattn", pass_="fwd", p50=1.0, op="lightning", **changes):
@@ -35,7 +36,9 @@ def cells(page, start):
 def test_every_page_in_the_repository_is_what_its_records_give(request):
     root = request.config.rootpath
     made = pages_of(root / "benchmarks" / "results" / "h200")
-    stand = {path.stem: path.read_text(encoding="utf-8") for path in (root / "docs" / "results").glob("*.md")}
+    ours = {*TABLES, "table5", "train", "prefill"}  # other pages there have makers of their own
+    paths = [path for path in (root / "docs" / "results").glob("*.md") if path.stem in ours]
+    stand = {path.stem: path.read_text(encoding="utf-8") for path in paths}
     assert stand == made, "run: linattn bench pages"
 
 
@@ -263,3 +266,31 @@ def test_pages_need_no_matplotlib(tmp_path, monkeypatch):
     (page,) = write_pages(tmp_path / "h200", tmp_path / "docs", said.append)
     assert page.name == "lightning.md"
     assert said == ["charts need matplotlib: pip install 'linattn[plot]'"]
+
+
+def test_prefill_is_drawn_with_attention_under_one_name(tmp_path):
+    speeds = [a_record(f"based_1b-b{4096 // t}-t{t}", op="prefill", pass_="prefill", p50=1e3) for t in (1024, 2048)]
+    rival = a_record("transformer_1b_fast-b4-t1024", "sdpa-flash", op="prefill", pass_="prefill", p50=2e3)
+    append_records(tmp_path / "h200" / "prefill.csv", [*speeds, rival])
+    ((_, lines),) = prefill_panels([*speeds, rival])
+    assert lines == {"based_1b": {1024: 4096.0, 2048: 4096.0}, "attention, FA2": {1024: 2048.0}}
+    written = write_pages(tmp_path / "h200", tmp_path / "docs")
+    assert [path.name for path in written] == ["prefill.md", "prefill.png"]
+    assert "(prefill.png)" in (tmp_path / "docs" / "prefill.md").read_text()
+
+
+def test_one_length_is_no_chart_and_a_prefix_grows_with_its_text():
+    def pair(t, op="prefix"):
+        case = f"b16-h16-t{t}-f16-v64-m{t // 2}"
+        return [a_record(case, op=op), a_record(case, "sdpa-flash 2.11", op=op)]
+
+    assert chart_lines(pair(2048), "fwd") == ("", {})
+    family, lines = chart_lines([*pair(2048), *pair(8192)], "fwd")
+    assert family == "b16-h16-f16-v64"
+    assert {name: list(line) for name, line in lines.items()} == {"linattn": [2048, 8192], "FA2": [2048, 8192]}
+
+
+def test_the_peers_named_are_those_that_were_timed():
+    records = [a_record("b4-h32-t2048-d128"), a_record("b4-h32-t2048-d128", "sdpa-flash 2.11")]
+    records += [a_record("b4-h32-t2048-d128", "sdpa-flash 2.11" + HOST), a_record("b1-h1-t64-d8", "fla", p50=math.nan)]
+    assert "Peers: sdpa-flash 2.11." in heading("title", records, "source")

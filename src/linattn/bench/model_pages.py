@@ -53,6 +53,8 @@ def prefill_page(records: Sequence[Record], source: str) -> str:
     """Prefill: tokens per second at every length, beside attention."""
     shown = latest(records)
     parts = [heading("Prefill: tokens per second on one GPU", shown, source), HOW["prefill"]]
+    if prefill_panels(records):
+        parts.append("![prefill: tokens per second against length](prefill.png)")
     return "\n\n".join([*parts, speed_table(shown)]) + "\n"
 
 
@@ -76,6 +78,16 @@ def training_panels(records: Sequence[Record]) -> list[tuple[str, dict[str, dict
             line = "attention, FA2" if name.startswith(LIKE) else "TransNormerLLM"
             panels[name.removeprefix(LIKE)][line][length] = tokens_per_s(r)
     return [(name, {n: dict(sorted(line.items())) for n, line in lines.items()}) for name, lines in panels.items()]
+
+
+def prefill_panels(records: Sequence[Record]) -> list[tuple[str, dict[str, dict[int, float]]]]:
+    """One panel: label -> length -> tokens per second, of plain rows that were timed."""
+    lines: dict[str, dict[int, float]] = defaultdict(dict)
+    for r in latest(records):
+        name, _, length = read_case(r.case)
+        if r.case.endswith(f"-t{length}") and not math.isnan(r.p50_ms):
+            lines["attention, FA2" if r.impl.startswith("sdpa") else name][length] = tokens_per_s(r)
+    return [("reading a prompt", {n: dict(sorted(line.items())) for n, line in lines.items()})] if lines else []
 
 
 def speed_table(records: Sequence[Record]) -> str:

@@ -38,7 +38,8 @@ def heading(title: str, records: Sequence[Record], source: str) -> str:
         f"{gpu}, driver {driver}, torch {torch}, triton {triton}" for gpu, driver, torch, triton in shown
     )
     runs = ", ".join(f"{commit} ({date})" for date, commit in dict.fromkeys((r.date, r.commit) for r in records))
-    versions = sorted({r.impl for r in records if not r.impl.startswith("linattn")})
+    timed = [r.impl for r in records if not r.impl.startswith("linattn") and not math.isnan(r.p50_ms)]
+    versions = sorted({impl.partition(HOST)[0] for impl in timed})
     lines = [
         f"# {title}",
         "",

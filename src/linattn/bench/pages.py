@@ -18,15 +18,15 @@ import torch
 from linattn.bench import plot, table5
 from linattn.bench.cases import parse_case
 from linattn.bench.costs import costs
-from linattn.bench.model_pages import prefill_page, train_page, training_panels
+from linattn.bench.model_pages import prefill_page, prefill_panels, train_page, training_panels
 from linattn.bench.page_parts import heading, label, markdown, ms, ratio
 from linattn.bench.record import Record, read_records
 from linattn.bench.setting import HOST, IN_GRAPH
 from linattn.bench.tables import TABLES, Section, target_of
 
 DOCS = Path("docs/results")
-CHARTS = {("lightning", "fwd"), ("lightning", "fwdbwd"), ("taylor", "fwd"), ("taylor", "fwdbwd")}
-"""Ops and passes whose time and memory are drawn against length."""
+CHARTS = {(op, pass_) for op in TABLES for pass_ in ("fwd", "fwdbwd")}
+"""Ops and passes whose time and memory are drawn against length, where records have two lengths beside peers."""
 HELD = (
     "GiB at the peak of a call. Its tensors: inputs, outputs and the inputs' gradients; what backward begins with, the "
     "output's gradient, is in neither."
@@ -86,11 +86,12 @@ def draw_charts(results: Path, docs: Path) -> list[Path]:
             chart = docs / f"{op}-{pass_}.png"
             plot.plot_time_memory(lines, chart, title=f"{op}, {_pass_name(pass_)}, {family}, bf16, {gpu}")
             drawn.append(chart)
-    panels = training_panels(counted(results / "train.csv"))
-    if panels:
-        chart = docs / "train.png"
-        plot.plot_speeds(panels, chart, title="training, tokens per second on one GPU")
-        drawn.append(chart)
+    for name, panels_of in (("train", training_panels), ("prefill", prefill_panels)):
+        panels = panels_of(counted(results / f"{name}.csv"))
+        if panels:
+            chart = docs / f"{name}.png"
+            plot.plot_speeds(panels, chart, title=f"{name}, tokens per second on one GPU")
+            drawn.append(chart)
     return drawn
 
 
@@ -105,14 +106,19 @@ def newest_runs(records: Sequence[Record]) -> list[Record]:
 
 
 def chart_lines(records: Sequence[Record], pass_: str) -> tuple[str, dict[str, dict[int, Record]]]:
-    """The shape measured at most lengths beside peers, and its timed records: label -> length -> record."""
+    """The shape measured at most lengths beside peers, and its timed records: label -> length -> record.
+
+    A prefix is half of its text, and grows with it in one line. Nothing where one length is all there is.
+    """
     families: dict[str, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
         length = plot.length_in(r.case)
         plain = HOST not in r.impl and IN_GRAPH not in r.impl
         if r.pass_ == pass_ and length is not None and plain and not math.isnan(r.p50_ms):
-            families[re.sub(r"-t\d+", "", r.case)][label(r.impl)][length] = r
-    beside = {family: lines for family, lines in families.items() if len(lines) > 1}
+            families[re.sub(r"-[tm]\d+", "", r.case)][label(r.impl)][length] = r
+    beside = {
+        family: lines for family, lines in families.items() if len(lines) > 1 and max(map(len, lines.values())) > 1
+    }
     if not beside:
         return "", {}
     family = max(beside, key=lambda name: sum(len(line) for line in beside[name].values()))

@@ -185,6 +185,8 @@ def _table5(config: BenchConfig, console: Console) -> list[Record]:
         peers=config.peers,
         device=device,
         dtype=_dtype(config, device),
+        repeats=config.repeats or TABLE_ROUNDS,
+        budget_s=config.budget_s or TABLE_BUDGET_S,
         laws=config.laws,
         record=config.record,
         out=config.out,

@@ -63,6 +63,8 @@ def bench_table5(
     peers: bool = True,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
+    repeats: int = TABLE_ROUNDS,
+    budget_s: float = TABLE_BUDGET_S,
     laws: Sequence[str] = (),
     record: bool = False,
     out: Path = RESULTS,
@@ -104,7 +106,7 @@ def bench_table5(
         softmax = SoftmaxCase(batch, length, once.heads, once.value_dim, "JRT Table 5")
         of_attention = floor_ms(costs(softmax, "fwd", dtype), limits, dtype)
         new = []
-        for row in measure_entries(entries, setting, TABLE_ROUNDS, TABLE_BUDGET_S):
+        for row in measure_entries(entries, setting, repeats, budget_s):
             options = {"floor": floors.get(row.impl, of_attention), "verdict": row.verdict, "peak": row.peak}
             new.append(new_record(here, OP, once.name, "fwd", row.impl, row.timing, dtype=dtype, **options))
         print_records(console, new)

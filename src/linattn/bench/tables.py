@@ -91,6 +91,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
     "prefix": (
         Row("b16-h16-t2048-f16-v64-m1024", host=True),
+        Row("b16-h16-t8192-f16-v64-m4096"),
         Row("b16-h16-t32768-f16-v64-m16384", ("fwd",), {"fwd": Target(1.9)}),
         Row("b32-h16-t2048-f16-v64-m1024", ("fwdbwd",)),
         Row("b4-h16-t16384-f16-v64-m8192"),
@@ -100,7 +101,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "window": (
         Row("b16-h16-t2048-d64-w129", host=True),
         Row("b16-h16-t8192-d64-w129"),
-        Row("b16-h16-t32768-d64-w129", ("fwd",)),
+        Row("b16-h16-t32768-d64-w129"),
         Row("b4-h16-t16384-d64-w129", peers=False),
         Row("b16-h16-t2048-d64-w65", peers=False),
         Row("b16-h16-t8192-d112-w129"),
@@ -109,6 +110,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
     "shortconv": (
         Row("b16-t2048-d2048-w3-silu-gate", host=True),
+        Row("b16-t8192-d2048-w3-silu-gate"),
+        Row("b16-t32768-d2048-w3-silu-gate"),
         Row("b32-t2048-d2048-w3-silu-gate"),
         Row("b4-t16384-d2048-w3-silu-gate"),
         Row("b16-t2048-d3584-w3-silu-gate"),
