@@ -225,9 +225,10 @@ def test_lrpe_is_its_definition():
                     angle = float(theta[h, 0, i]) * int(positions[b, t])
                     want[b, t, h, i] = float(x[b, t, h, i]) * math.cos(angle)
                     want[b, t, h, i + 4] = float(x[b, t, h, i]) * math.sin(angle)
-    assert relative_error(lrpe(x, positions), want) < EXACT
-    assert relative_error(lrpe(x.float(), positions), want) < 1e-6
-    assert lrpe(x.bfloat16(), positions).dtype == torch.bfloat16
+    both = lrpe(x, 2 * x, positions)
+    assert max(relative_error(both[0], want), relative_error(both[1], 2 * want)) < EXACT
+    assert relative_error(lrpe(x.float(), x.float(), positions)[1], want) < 1e-6
+    assert {y.dtype for y in lrpe(x.bfloat16(), x.bfloat16(), positions)} == {torch.bfloat16}
 
 
 def test_lrpe_products_depend_on_the_distance_alone_at_a_million():
@@ -235,7 +236,7 @@ def test_lrpe_products_depend_on_the_distance_alone_at_a_million():
     q, k = normal(1, 1, 1, 16, dtype=torch.float32), normal(1, 1, 1, 16, seed=1, dtype=torch.float32)
 
     def score(at_q, at_k):
-        return (lrpe(q, torch.tensor([[at_q]])) * lrpe(k, torch.tensor([[at_k]]))).sum()
+        return (lrpe(q, k, torch.tensor([[at_q]]))[0] * lrpe(q, k, torch.tensor([[at_k]]))[1]).sum()
 
     cosines = (lrpe.theta[0, 0].double() * 9).cos()
     want = (q.double() * k.double() * cosines).sum()
@@ -245,21 +246,23 @@ def test_lrpe_products_depend_on_the_distance_alone_at_a_million():
 
 def test_lrpe_gradients():
     lrpe = LRPE(2, 3).double()
-    x, positions = normal(1, 4, 2, 3, grad=True), torch.arange(4)[None]
+    q, k = (normal(1, 4, 2, 3, seed=i, grad=True) for i in range(2))
+    positions = torch.arange(4)[None]
 
-    def run(x, theta):
-        return torch.func.functional_call(lrpe, {"theta": theta}, (x, positions))
+    def run(q, k, theta):
+        return torch.func.functional_call(lrpe, {"theta": theta}, (q, k, positions))
 
-    assert torch.autograd.gradcheck(run, (x, lrpe.theta.detach().clone().requires_grad_()))
-    in_float32 = LRPE(2, 3)
-    grad = torch.autograd.grad(in_float32(x.detach().float(), positions).sum(), in_float32.theta)[0]
-    want = torch.autograd.grad(lrpe(x.detach(), positions).sum(), lrpe.theta)[0]
+    def theta_grad(lrpe, dtype):
+        return torch.autograd.grad(flat(lrpe(q.to(dtype), k.to(dtype), positions)).sum(), lrpe.theta)[0]
+
+    assert torch.autograd.gradcheck(run, (q, k, lrpe.theta.detach().clone().requires_grad_()))
+    grad, want = theta_grad(LRPE(2, 3), torch.float32), theta_grad(lrpe, F64)
     assert relative_error(grad, want) < 1e-6
 
 
 def test_lrpe_refuses_other_heads():
     with pytest.raises(ValueError, match="this LRPE is for"):
-        LRPE(2, 3)(torch.ones(1, 4, 3, 2), torch.arange(4))
+        LRPE(2, 3)(torch.ones(1, 4, 3, 2), torch.ones(1, 4, 3, 2), torch.arange(4))
 
 
 # mlp
@@ -550,7 +553,7 @@ MODULES = {
     "rms": (lambda: RMSNorm(8), (X,)),
     "simple": (lambda: SimpleRMSNorm(8), (X,)),
     "rotary": (lambda: Rotary(4), (HEADS, HEADS, torch.arange(3))),
-    "lrpe": (lambda: LRPE(2, 4), (HEADS, torch.arange(3)[None])),
+    "lrpe": (lambda: LRPE(2, 4), (HEADS, HEADS, torch.arange(3)[None])),
     "swiglu": (lambda: SwiGLU(8, 6), (X,)),
     "sglu": (lambda: SGLU(8, 6), (X,)),
     "embedding": (lambda: Embedding(10, 8), (IDS,)),

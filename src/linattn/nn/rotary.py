@@ -1,10 +1,10 @@
-"""Positions as rotations: RoPE for the attention layers, LRPE for TransNormerLLM's first layer.
+"""Positions as rotations: RoPE for the attention layers, and the angles that LRPE shares with it.
 
 Angles are float64 until they are reduced to one turn, and only then float32. Computed in float32 they are off by 0.04
 radians at position 1,000,000, and the angle between two tokens of one 128-token window by 0.05. Nothing here stores a
 table: the frequencies are rebuilt from Python numbers in each call, so that no cast and no `to_empty` can spoil them.
 
-    pytest tests/test_nn.py -k "rotary or lrpe"
+    pytest tests/test_nn.py -k rotary
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = t
     Raises:
         ValueError: positions are not integers (above 256 bfloat16 holds no odd one), or frequencies not float64.
     """
-    _check_positions(positions)
+    check_positions(positions)
     if frequencies.dtype != torch.float64:
         raise ValueError(f"frequencies are {frequencies.dtype}; pass the float64 of rotary_frequencies")
     angle = _one_turn(positions.to(torch.float64)[..., None] * frequencies, dtype)
@@ -122,56 +122,8 @@ class Rotary(nn.Module):
         return f"{self.head_dim}, base={self.base}, fraction={self.fraction}"
 
 
-class LRPE(nn.Module):
-    """TransNormerLLM's linearized relative position encoding, with learned angles.
-
-    ``x -> [x cos(theta p), x sin(theta p)]`` feature by feature, so that the product of an encoded query and key is
-    ``sum_i q_i k_i cos(theta_i (p_q - p_k))``. It doubles the features of q and k. ``theta`` is [H, 1, dh]; it starts
-    as ``base^(-2i / D)``, i = 0 ... D - 1 over all D = H dh features, down to 1e-8 radians per token.
-
-    Source: arXiv 2307.14995, section 3.1; arXiv 2307.09270. The published code casts positions to the activations'
-    dtype, which in bfloat16 rounds those above 256; this does not.
-    """
-
-    def __init__(self, n_heads: int, head_dim: int, base: float = 10000.0) -> None:
-        super().__init__()
-        self.base = base
-        self.theta = nn.Parameter(torch.empty(n_heads, 1, head_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set theta to its first values."""
-        n = self.theta.numel()
-        exponents = torch.arange(n, dtype=torch.float64, device=self.theta.device) * (2 / n)
-        with torch.no_grad():
-            self.theta.copy_((self.base**-exponents).view_as(self.theta))
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Encode x [B, T, H, dh] at positions int64 [B, T] or [T].
-
-        Returns:
-            [B, T, H, 2 dh] in x's dtype, differentiable in x and theta; computed in float32 (float64 if x is).
-
-        Raises:
-            ValueError: positions are not integers, or x's heads are not theta's.
-        """
-        _check_positions(positions)
-        theta = self.theta[:, 0]
-        if x.shape[-2:] != theta.shape:
-            raise ValueError(
-                f"x has shape {list(x.shape)}; this LRPE is for [B, T, {theta.shape[0]}, {theta.shape[1]}]"
-            )
-        dtype = sum_dtype(x.dtype)
-        angle = _one_turn(positions.to(torch.float64)[..., None, None] * theta.to(torch.float64), dtype)
-        wide = x.to(dtype)
-        return torch.cat((wide * angle.cos(), wide * angle.sin()), dim=-1).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """What ``print(module)`` shows."""
-        return f"{self.theta.shape[0]}, {self.theta.shape[2]}, base={self.base}"
-
-
-def _check_positions(positions: Tensor) -> None:
+def check_positions(positions: Tensor) -> None:
+    """ValueError unless positions are integers."""
     if positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"positions are {positions.dtype}; pass int64, as torch.arange gives")
 

@@ -130,7 +130,7 @@ class LightningLayer(nn.Module):
             gate = self.output_gate(x)
         q, k, v = (h.unflatten(-1, (self.config.n_heads, -1)) for h in (q, k, v))
         if self.lrpe is not None:
-            q, k = self.lrpe(q, positions), self.lrpe(k, positions)
+            q, k = self.lrpe(q, k, positions)
         return {"q": q, "k": k, "v": v, "log_decay": self.log_decay}, gate
 
     def gated_norm(self, o: Tensor, gate: Tensor) -> Tensor:
