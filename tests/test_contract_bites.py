@@ -11,7 +11,7 @@ import torch
 
 from contract import mixer_module, small_cases
 from linattn.core import chunks
-from linattn.core.laws import LAWS, Subject, broken_laws
+from linattn.core.laws import LAWS, Subject, broken_laws, parity
 from linattn.core.mixer import map_state
 from linattn.mixers.taylor import chunked as taylor_chunked
 
@@ -111,6 +111,28 @@ WRAPPED = {
 }
 
 
+class Bent(torch.autograd.Function):
+    """Its argument, with nine tenths of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.9 * gradient
+
+
+def bent(mixer, name, path):
+    """The mixer, with nine tenths of what one input's gradient has through the output, or through the State."""
+
+    def forward(inputs, **options):
+        right, wrong = (forward_of(mixer)(x, **options) for x in (inputs, inputs | {name: Bent.apply(inputs[name])}))
+        return (wrong[0], right[1]) if path == "y" else (right[0], wrong[1])
+
+    return subject(mixer, forward=forward)
+
+
 def replace_case(s, mixer, case):
     return s._replace(case=small_cases(mixer)[case])
 
@@ -181,3 +203,12 @@ def test_fp32_catches_what_rounds():
     """A bf16 sum passes in bf16's own tolerance; fp32's catches it."""
     with mock.patch.object(taylor_chunked, "_summarize_chunks", rounded_sums):
         assert "parity" in broken_laws(subject("taylor")._replace(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("path", ("y", "the State"))
+@pytest.mark.parametrize("name", ("k", "v"))
+@pytest.mark.parametrize("mixer", ("taylor", "prefix", "lightning", "softmax"))
+def test_16_bits_catch_a_tenth_of_a_gradient_s_smaller_part(mixer, name, path):
+    """What comes through y and through the State differ tenfold: their sum is off by no more than bf16 allows."""
+    wrong = parity(bent(mixer, name, path)._replace(dtype=torch.bfloat16))
+    assert [w.split(" is off")[0] for w in wrong if "through" in w] == [f"gradient of {name} through {path}"]
