@@ -1,12 +1,8 @@
 """The gated norm: its definition, what it refuses, and its Triton kernels interpreted and compiled ahead of time."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from ahead_of_time import Build, usage
 from torch._subclasses import FakeTensorMode
 
 from linattn.core import tiles
@@ -113,49 +109,22 @@ def test_the_operators_are_what_they_say():
     torch.library.opcheck(gated_norm.gated_norm_forward, (x, gate, 1e-6, True))
 
 
-AHEAD_OF_TIME = """
-import json, os, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from linattn.nn import triton_gated_norm as norm
+def build(kernel, dim, dtype):
+    from linattn.nn import triton_gated_norm
 
-def build(kernel, capability, dim, dtype):
-    rows, block, warps = norm.tile(dim)
-    constants = dict(D=dim, SIGMOID=True, ROWS=rows, BLOCK=block)
-    constants |= {n: 1 for n in ("x_d", "gate_d", "dy_d") if n in kernel.arg_names}
-    types = dict.fromkeys(("x", "gate", "y", "dy", "dx", "d_gate"), dtype) | {"eps": "fp32"}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    free = ("eps", "rows", "inner")
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    words = dict(w.split(":")[:2] for w in usage.split() if w.count(":") == 1 and w.split(":")[1].isdigit())
-    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "shared": built.metadata.shared}
-
-results = {}
-for dim, dtype in [(1 << power, "*bf16") for power in range(4, 15)] + [(4096, "*fp32")]:
-    for kernel in (norm._norm_forward, norm._norm_backward):
-        results[f"{kernel.fn.__name__} {dim} {dtype}"] = build(kernel, int(sys.argv[1]), dim, dtype)
-print(json.dumps(results))
-"""
+    rows, block, warps = triton_gated_norm.tile(dim)
+    constants = {"D": dim, "SIGMOID": True, "ROWS": rows, "BLOCK": block, "x_d": 1, "gate_d": 1, "dy_d": 1}
+    types = {"fp32": "eps", dtype: "x gate y dy dx d_gate"}
+    return Build(f"linattn.nn.triton_gated_norm.{kernel}", warps, constants, types, unaligned="rows inner")
 
 
 @pytest.mark.parametrize("capability", (80, 89, 90))
 def test_every_tile_compiles_ahead_of_time(capability, record_property):
     """For GPUs that are not here; nothing spills."""
     pytest.importorskip("triton")
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", AHEAD_OF_TIME, str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    usage = json.loads(done.stdout.splitlines()[-1])
-    for name, values in usage.items():
+    dims = [(1 << power, "*bf16") for power in range(4, 15)] + [(4096, "*fp32")]
+    kernels = ("_norm_forward", "_norm_backward")
+    found = usage(capability, {f"{k} {dim} {dtype}": build(k, dim, dtype) for dim, dtype in dims for k in kernels})
+    for name, values in found.items():
         record_property(name, values)
-    assert {n: v for n, v in usage.items() if v["spilled"] > 0} == {}
+    assert {n: v for n, v in found.items() if v["spilled"] > 0} == {}

@@ -3,10 +3,8 @@
 The interpreter has no bfloat16 products, so the laws run in float32. Skipped where triton is not installed.
 """
 
-import json
 import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,11 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
 
+import triton
+from ahead_of_time import SHARED, Build, usage
+from plans import changed_by_others
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import _allocation
 
 from linattn.core import laws, tiles
 from linattn.core.dispatch import Backend, anything
@@ -77,6 +79,51 @@ def test_segments_change_nothing(decay, cu_seqlens):
         for segments in (1, 3)
     )
     assert [relative_error(x, y) < 1e-5 for x, y in zip(cut, whole, strict=True)] == [True] * 7
+
+
+def different_calls():
+    """Calls that differ in one thing each of all that a launch is prepared for."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, 70, 2, 16, generator=generator) for _ in range(4))
+    S0, dS = (torch.randn(1, 2, 16, 16, generator=generator) for _ in range(2))
+    S2, dS2 = (torch.randn(2, 2, 16, 16, generator=generator) for _ in range(2))
+    log_decay, cu = torch.tensor([-0.1, -0.5]), torch.tensor([0, 30, 70], dtype=torch.int32)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, do)]
+    changes = (
+        {},
+        {"scale": 0.5},
+        {"q": turned[0]},
+        {"do": turned[1]},
+        {"q": q[:, :, :1]},
+        {"k": k[:, :, 1:].contiguous()},
+        {"v": v[..., :8].contiguous(), "do": do[..., :8].contiguous()},
+        {"log_decay": torch.tensor([-0.1, 0.0, -0.5])[::2]},
+        {"log_decay": torch.tensor([-0.3])},
+        {"cu_seqlens": cu},
+        {"cu_seqlens": cu.long()},
+        {"S0": S0},
+        {"S0": S0.transpose(2, 3)},
+        {"S0": S0, "dS": dS},
+        {"dS": dS, "do": None},
+        {"cu_seqlens": cu, "S0": S2, "dS": dS2},
+        {"decay_gradient": True},
+        {"tile": kernels.Tile(16, 16, 4, 1, 1)},
+        {"tile": kernels.Tile(16, 16, 4, 1, 1), "segments": 2, "S0": S0},
+    )
+    common = {"q": q, "k": k, "v": v, "log_decay": log_decay, "do": do, "scale": 0.3}
+    return [common | change for change in changes]
+
+
+def found_by(
+    *, q, k, v, log_decay, do, scale, S0=None, dS=None, cu_seqlens=None, decay_gradient=False, tile=None, segments=None
+):
+    given, how = (q, k, v, log_decay, scale, S0, cu_seqlens), (tile, segments)
+    found = [kernels.forward(*given, return_state, *how) for return_state in (True, False)]
+    return [x for part in (*found, kernels.backward(do, dS, *given, decay_gradient, *how)) for x in part]
+
+
+def test_calls_take_nothing_from_plans_of_others():
+    assert changed_by_others(kernels.plan_of, found_by, different_calls()) == []
 
 
 def test_a_state_that_hardly_decays_stays_exact():
@@ -175,21 +222,42 @@ def test_a_call_seen_before_is_checked_again_where_values_differ(interpreted):
 
 
 class FakeKernel:
-    """Counts compilations and remembers what each compiled kernel was given."""
+    """Counts compilations and remembers what each compiled kernel was given, and which runs a profiler saw."""
 
-    def __init__(self):
-        self.compiled, self.ran = 0, []
+    def __init__(self, scratch=0):
+        self.compiled, self.ran, self.seen, self.scratch = 0, [], [], scratch
 
     def __getitem__(self, grid):
         def compile_and_run(*arguments, num_warps):
             self.compiled += 1
-            return {grid: lambda *arguments: self.ran.append(arguments)}
+            return FakeCompiled(self)
 
         return compile_and_run
 
 
-def test_a_launch_compiles_once_for_what_triton_specializes_on(monkeypatch):
+class FakeCompiled:
+    function, packed_metadata = 123, (4, 1, 0)
+
+    def __init__(self, kernel):
+        self.kernel, self.metadata = kernel, SimpleNamespace(global_scratch_size=kernel.scratch)
+
+    def run(self, x, y, z, stream, function, packed, *arguments):
+        assert (x, y, z, stream, function, packed, *arguments[:3]) == (1, 2, 3, 7, 123, (4, 1, 0), None, None, None)
+        memory = _allocation._allocator.get()(8, 1, None) if self.kernel.scratch else None
+        assert (0 if memory is None else memory.numel()) == self.kernel.scratch
+        self.kernel.ran.append(arguments[3:])
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.seen.append(arguments)
+
+
+@pytest.fixture
+def no_device(monkeypatch):
     monkeypatch.setattr(tiles, "TRITON_VERSION", (3, 6))
+    monkeypatch.setattr(tiles, "current_stream", lambda device: 7)
+
+
+def test_a_launch_compiles_once_for_what_triton_specializes_on(no_device):
     kernel, x, y = FakeKernel(), torch.zeros(16), torch.zeros(17)[1:]
 
     def launch(x, numbers=(1, 2), constants=(True,), grid=(1, 2, 3)):
@@ -205,6 +273,57 @@ def test_a_launch_compiles_once_for_what_triton_specializes_on(monkeypatch):
     assert (kernel.compiled, len(kernel.ran)) == (5, 1)
     launch(y)
     assert (kernel.compiled, len(kernel.ran)) == (5, 2)
+    assert kernel.ran[-1] == (y.data_ptr(), 1, 2, True)
+
+
+def test_a_kernel_that_wants_memory_has_it_at_every_launch(no_device):
+    kernel, x = FakeKernel(scratch=8), torch.zeros(16)
+    for _ in range(3):
+        tiles.launch(kernel, (1, 2, 3), [x], (), (), warps=4)
+    assert kernel.ran == [(x.data_ptr(),)] * 2
+
+
+def test_a_profiler_s_hooks_see_launches_that_are_remembered(no_device):
+    kernel, x = FakeKernel(), torch.zeros(16)
+    hooks = triton.knobs.runtime.launch_enter_hook
+    tiles.launch(kernel, (1, 2, 3), [x], (), (), warps=4)
+    hooks.add(print)
+    try:
+        tiles.launch(kernel, (1, 2, 3), [x], (), (), warps=4)
+    finally:
+        hooks.remove(print)
+    tiles.launch(kernel, (1, 2, 3), [x], (), (), warps=4)
+    assert (len(kernel.seen), len(kernel.ran)) == (1, 1)
+
+
+@pytest.mark.parametrize("strides", ((4, 60, 20, 1), (640, 32, 16, 2), (0, 0, 0, 1), (640, 33, 16, 1)), ids=str)
+def test_rows_that_cannot_be_fetched_whole_are_copied(strides):
+    x = torch.arange(4000.0).as_strided((2, 5, 2, 16), strides)
+    y = tiles.aligned(x)
+    assert torch.equal(x, y)
+    assert y.stride() == (160, 32, 16, 1)
+
+
+def test_rows_that_begin_off_16_bytes_are_copied_and_others_are_not():
+    buffer = torch.arange(400.0)
+    off, fine = buffer[1:321].view(2, 5, 2, 16), buffer[4:324].view(2, 5, 2, 16)
+    y = tiles.aligned(off)
+    assert torch.equal(off, y)
+    assert [x.data_ptr() % 16 for x in (off, y, fine)] == [4, 0, 0]
+    assert tiles.aligned(fine) is fine
+
+
+def test_gradients_of_shared_heads_are_summed_in_fp32():
+    x = torch.empty(1, 1, 1, 8, dtype=torch.bfloat16)
+    given = tiles.gradient_of(x, 3, None)
+    given.copy_(torch.tensor([256.0, 0.75, 0.75]).view(1, 1, 3, 1))
+    assert (given.dtype, tiles.gradient_of(x, 3).dtype, tiles.gradient_of(x, 1).dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+    )
+    assert torch.equal(tiles.gathered(given, x), torch.full_like(x, 258.0))
+    assert tiles.gathered(x, x) is x
 
 
 @pytest.mark.parametrize("programs, tokens, want", [(128, 8192, 1), (32, 131072, 4), (16, 524288, 8), (1, 100, 1)])
@@ -212,56 +331,30 @@ def test_the_cost_model(programs, tokens, want):
     assert segments_a_row(programs, tokens, 132, kernels.AGAIN, kernels.SHORTEST_SEGMENT) == want
 
 
-AHEAD_OF_TIME = """
-import json, os, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from linattn.mixers.lightning import triton_decay, triton_step, triton_sweep
+DIMS = {"K": 128, "V": 128, "BK": 128}
+GROUPS = ("A_GROUP", "B_GROUP", "C_GROUP", "A2_GROUP", "B2_GROUP", "C2_GROUP", "Q_GROUP", "K_GROUP", "V_GROUP")
+SCAN = {"STATE_GROUP": 1, "INITIAL_GROUP": 1, "REVERSE": False, "PACKED": False, "INITIAL": True, "BLOCK": 1024}
+DECAY = {"BV": 32, "C": 32, "STATE_GROUP": 1, "PACKED": False, "INITIAL": True, "FINAL": True}
 
-def build(kernel, capability, warps, constants):
-    types = {"scale": "fp32", "log_decay": "*fp32", "slots": "*i32"}
-    states = ("state_in", "state_out", "added", "before", "initial", "final_gradient", "pool", "carried")
-    indices = ("cu_seqlens", "segment_document", "segment_start", "first_added", "first_before")
-    types |= dict.fromkeys(states, "*fp32") | dict.fromkeys(indices, "*i32")
-    types |= dict.fromkeys(("a", "b", "c", "a2", "b2", "c2", "out2", "q", "k", "v", "do"), "*bf16")
-    types["out"] = "*fp32" if kernel is triton_decay._decay_gradient else "*bf16"
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] not in ("constexpr", "fp32")]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    words = dict(w.split(":")[:2] for w in usage.split() if w.count(":") == 1 and w.split(":")[1].isdigit())
-    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "shared": built.metadata.shared}
 
-capability = int(sys.argv[1])
-dims = dict(K=128, V=128, BK=128)
-chunk, value, warps, stages = (64, 128, 8, 3) if capability == 90 else (64, 64, 4, 2)
-groups = dict.fromkeys(("A_GROUP", "B_GROUP", "C_GROUP", "A2_GROUP", "B2_GROUP", "C2_GROUP", "STATE_GROUP"), 1)
+def build(kernel, warps, out="*bf16", **constants):
+    sums = "log_decay state_in state_out added before initial final_gradient pool carried"
+    types = {
+        "fp32": "scale",
+        "*bf16": "a b c a2 b2 c2 out2 q k v do",
+        "*fp32": sums,
+        "*i32": "slots cu_seqlens segment_document segment_start first_added first_before",
+    }
+    types[out] += " out"
+    return Build(f"linattn.mixers.lightning.{kernel}", warps, DIMS | dict.fromkeys(GROUPS, 1) | constants, types)
 
-def sweep(packed=False, pair=False, summary=False):
-    constants = dims | groups | dict(BV=value, C=chunk, NUM_STAGES=stages, PAIR=pair, REVERSE=pair, PACKED=packed)
-    constants |= dict(SPLIT=packed, OUTPUT=not summary, INITIAL=not summary, FINAL=2 if summary else 1)
-    return build(triton_sweep._sweep, capability, warps, constants)
 
-scan = dict(V=128, STATE_GROUP=1, INITIAL_GROUP=1, REVERSE=False, PACKED=False, INITIAL=True, BLOCK=1024)
-decay = dims | dict(BV=32, C=32, Q_GROUP=1, K_GROUP=1, V_GROUP=1, STATE_GROUP=1)
-decay |= dict(PACKED=False, INITIAL=True, FINAL=True)
-step = dims | dict(BV=64, Q_GROUP=1, K_GROUP=1, V_GROUP=1, READERS=1, READERS_BLOCK=1)
-print(json.dumps({
-    "sweep": sweep(), "sweep-pair": sweep(pair=True), "sweep-packed": sweep(packed=True),
-    "sweep-summary": sweep(summary=True), "scan": build(triton_sweep._scan_segments, capability, 4, scan),
-    "decay": build(triton_decay._decay_gradient, capability, 4, decay),
-    "step": build(triton_step._step, capability, 4, step),
-}))
-"""
-SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
-"""Bytes of shared memory that one block may have."""
+def sweep(capability, packed=False, pair=False, summary=False):
+    chunk, value, warps, stages = (64, 128, 8, 3) if capability == 90 else (64, 64, 4, 2)
+    constants = {"BV": value, "C": chunk, "NUM_STAGES": stages, "STATE_GROUP": 1, "PAIR": pair, "REVERSE": pair}
+    constants |= {"PACKED": packed, "SPLIT": packed}
+    constants |= {"OUTPUT": not summary, "INITIAL": not summary, "FINAL": 2 if summary else 1}
+    return build("triton_sweep._sweep", warps, **constants)
 
 
 @pytest.mark.parametrize("capability", (80, 89, 90))
@@ -270,12 +363,17 @@ def test_compiles_ahead_of_time(capability, record_property):
 
     Bytes a thread. Triton 3.9 spills 208 to 272 of them there.
     """
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", AHEAD_OF_TIME, str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    usage = json.loads(done.stdout.splitlines()[-1])
-    record_property("usage", usage)
+    builds = {
+        "sweep": sweep(capability),
+        "sweep-pair": sweep(capability, pair=True),
+        "sweep-packed": sweep(capability, packed=True),
+        "sweep-summary": sweep(capability, summary=True),
+        "scan": build("triton_sweep._scan_segments", 4, **SCAN),
+        "decay": build("triton_decay._decay_gradient", 4, "*fp32", **DECAY),
+        "step": build("triton_step._step", 4, BV=64, READERS=1, READERS_BLOCK=1),
+    }
+    found = usage(capability, builds)
+    record_property("usage", found)
     most = 64 if capability == 90 and tiles.TRITON_VERSION == (3, 6) else 4096
-    assert len(usage) == 7
-    assert {name: u for name, u in usage.items() if u["shared"] > SHARED[capability] or u["spilled"] > most} == {}
+    assert len(found) == 7
+    assert {name: u for name, u in found.items() if u["shared"] > SHARED[capability] or u["spilled"] > most} == {}

@@ -3,10 +3,7 @@
 The laws run in float32 and on few rows, because the interpreter takes a row at a time. Skipped where triton is absent.
 """
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from ahead_of_time import Build, usage
 
 from linattn.core import laws, tiles
 from linattn.core.dispatch import Backend, Call, anything
@@ -253,68 +251,43 @@ def test_few_rows_are_spread_over_more_programs():
     ]
 
 
-AHEAD_OF_TIME = """
-import json, os, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from linattn.mixers.shortconv import triton_conv
-from linattn.mixers.shortconv import triton as kernels
-
-def build(kernel, capability, warps, constants, dtype):
-    types = dict.fromkeys(("cu_seqlens", "slots", "count"), "*i32") | {"partial": "*fp32"}
-    names = "x weight bias gate initial y final dy d_final dx d_gate d_initial pool"
-    types |= dict.fromkeys(names.split(), dtype)
-    inner = ("x_d", "gate_d", "initial_d", "dy_d", "d_final_d", "weight_w", "bias_d", "pool_d", "count_n", "slots_n")
-    constants = constants | {n: 1 for n in inner if n in kernel.arg_names}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    free = ("tokens", "blocks", "segments", "documents", "n_slots", "weight_d")
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    words = dict(w.split(":")[:2] for w in usage.split() if w.count(":") == 1 and w.split(":")[1].isdigit())
-    wide = sum(built.asm["ptx"].count(f"ld.global.{x}") for x in ("b32", "v2.b32", "v4.b32"))
-    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "wide_loads": wide}
-
-capability, which = int(sys.argv[1]), sys.argv[2]
-results = {}
-flags = dict(BIAS=True, SILU=True, GATE=True, INITIAL=True, FINAL=True, STEPS=6)
-plain = dict(BIAS=False, SILU=True, GATE=True, INITIAL=False, FINAL=False, STEPS=0)
-if which == "step":
-    for taps in (1, 4, 16):
-        constants = dict(W=taps, BIAS=True, SILU=True, GATE=True, BD=kernels.STEP_COLUMNS)
-        results[f"w{taps}"] = build(triton_conv._conv_step, capability, 4, constants, "*bf16")
-else:
-    kernel = triton_conv._conv_forward if which == "forward" else triton_conv._conv_backward
-    listed = kernels.FORWARD if which == "forward" else kernels.BACKWARD
-    wide = kernels.forward_tile(16) if which == "forward" else kernels.backward_tile(16)
-    for taps, tile in [(4, tile) for tile in listed] + [(16, wide)]:
-        for name, given in (("all", flags), ("plain", plain)):
-            constants = given | dict(W=taps, BD=tile.columns, U=tile.fetched)
-            results[f"w{taps} {tile} {name}"] = build(kernel, capability, tile.warps, constants, "*bf16")
-    constants = plain | dict(W=3, BD=listed[0].columns, U=listed[0].fetched)
-    results["fp32"] = build(kernel, capability, listed[0].warps, constants, "*fp32")
-print(json.dumps(results))
-"""
+FLAGS = {"BIAS": True, "SILU": True, "GATE": True, "INITIAL": True, "FINAL": True, "STEPS": 6}
+PLAIN = {"BIAS": False, "SILU": True, "GATE": True, "INITIAL": False, "FINAL": False, "STEPS": 0}
 
 
-@pytest.mark.parametrize("kernel", ("forward", "backward", "step"))
+def build(kernel, warps, constants, dtype="*bf16"):
+    inner = "x_d gate_d initial_d dy_d d_final_d weight_w bias_d pool_d count_n slots_n"
+    tensors = "x weight bias gate initial y final dy d_final dx d_gate d_initial pool"
+    types = {"*i32": "cu_seqlens slots count", "*fp32": "partial"}
+    types[dtype] = f"{types.get(dtype, '')} {tensors}"
+    unaligned = "tokens blocks segments documents n_slots weight_d"
+    constants = dict.fromkeys(inner.split(), 1) | constants
+    return Build(f"{triton_conv.__name__}.{kernel}", warps, constants, types, unaligned)
+
+
+def builds(kernel):
+    if kernel == "_conv_step":
+        flags = {"BIAS": True, "SILU": True, "GATE": True, "BD": kernels.STEP_COLUMNS}
+        return {f"w{taps}": build(kernel, 4, flags | {"W": taps}) for taps in (1, 4, 16)}
+    forward = kernel == "_conv_forward"
+    listed = kernels.FORWARD if forward else kernels.BACKWARD
+    wide = (kernels.forward_tile if forward else kernels.backward_tile)(16)
+    found = {}
+    for taps, tile in [*((4, tile) for tile in listed), (16, wide)]:
+        for name, given in (("all", FLAGS), ("plain", PLAIN)):
+            constants = given | {"W": taps, "BD": tile.columns, "U": tile.fetched}
+            found[f"w{taps} {tile} {name}"] = build(kernel, tile.warps, constants)
+    first = PLAIN | {"W": 3, "BD": listed[0].columns, "U": listed[0].fetched}
+    return found | {"fp32": build(kernel, listed[0].warps, first, "*fp32")}
+
+
+@pytest.mark.parametrize("kernel", ("_conv_forward", "_conv_backward", "_conv_step"))
 @pytest.mark.parametrize("capability", (80, 89, 90))
 def test_every_tile_compiles_ahead_of_time(capability, kernel, record_property):
     """For GPUs that are not here: next to nothing spills (bytes a thread), and rows are fetched several at a time."""
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", AHEAD_OF_TIME, str(capability), kernel]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    usage = json.loads(done.stdout.splitlines()[-1])
-    for name, values in usage.items():
+    found = usage(capability, builds(kernel))
+    for name, values in found.items():
         record_property(name, values)
-    assert {name: values for name, values in usage.items() if values["spilled"] > 8} == {}
-    columns_a_thread = [name for name, values in usage.items() if values["wide_loads"] == 0 and "w16" not in name]
+    assert {name: values for name, values in found.items() if values["spilled"] > 8} == {}
+    columns_a_thread = [name for name, values in found.items() if values["wide_loads"] == 0 and "w16" not in name]
     assert columns_a_thread == []

@@ -3,11 +3,9 @@
 The interpreter has no bfloat16 products, so kernels run in float32. Skipped where triton is not installed.
 """
 
+import functools
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,8 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
 
+from ahead_of_time import SHARED, Build, usage
+from plans import changed_by_others
 from taylor_truth import above, errors
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,6 +129,52 @@ def test_documents_beyond_the_tensors_are_cut_off(segments):
     assert [relative_error(x, y) < 1e-6 for x, y in zip(got, want, strict=True)] == [True] * 4
 
 
+def different_calls():
+    """Calls that differ in one thing each of all that a pass is prepared for."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, 40, 2, 8, generator=generator) for _ in range(4))
+    S0, dS, z0, dz = (torch.randn(1, 2, *sizes, generator=generator) for sizes in ((45, 8), (45, 8), (45,), (45,)))
+    S2, z2 = (torch.randn(2, 2, *sizes, generator=generator) for sizes in ((45, 8), (45,)))
+    z0, z2 = z0.square() + 10, z2.square() + 10
+    cu = torch.tensor([0, 10, 40], dtype=torch.int32)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, do)]
+    changes = (
+        {},
+        {"scale": 0.5},
+        {"normalize": False},
+        {"q": turned[0]},
+        {"do": turned[1]},
+        {"k": k[:, :, 1:].contiguous()},
+        {"v": v[:, :, :1], "S0": S0[:, :1], "z0": z0[:, :1], "k": k[:, :, 1:]},
+        {"cu_seqlens": cu},
+        {"cu_seqlens": cu.long()},
+        {"S0": S0, "z0": z0},
+        {"S0": S0, "z0": z0, "dS": dS, "dz": dz},
+        {"dS": dS},
+        {"dz": dz, "do": None},
+        {"cu_seqlens": cu, "S0": S2, "z0": z2},
+        {"tile": kernels.Tile(16, 4, 1, 1)},
+        {"tile": kernels.Tile(16, 4, 1, 1), "segments": 2, "S0": S0, "z0": z0},
+    )
+    common = {"q": q, "k": k, "v": v, "do": do, "scale": 0.3}
+    return [common | change for change in changes]
+
+
+def found_by(
+    *, q, k, v, do, scale, normalize=True, S0=None, z0=None, dS=None, dz=None, cu_seqlens=None, tile=None, segments=None
+):
+    how = ("triton", tile, segments)
+    found = [kernels.forward(q, k, v, scale, normalize, S0, z0, cu_seqlens, state, *how) for state in (True, False)]
+    o, _, _, share = found[0]
+    found.append(kernels.backward(do, dS, dz, q, k, v, o, share, scale, normalize, S0, z0, cu_seqlens, *how))
+    found.append(kernels.summarize(k, v, cu_seqlens))
+    return [x for part in found for x in part]
+
+
+def test_calls_take_nothing_from_plans_of_others():
+    assert changed_by_others(kernels.plan_of, found_by, different_calls()) == []
+
+
 def test_nothing_to_read_is_the_state():
     q, v = torch.zeros(1, 0, 2, 8), torch.zeros(1, 0, 2, 8)
     S0, z0 = torch.randn(1, 2, 45, 8), torch.randn(1, 2, 45)
@@ -188,6 +234,7 @@ PLANTED = (
 @pytest.mark.parametrize("old, new", [x[1:] for x in PLANTED], ids=[x[0] for x in PLANTED])
 def test_a_planted_bug_is_caught(monkeypatch, tmp_path, old, new):
     monkeypatch.setattr(kernels, "_sweep", edited(tmp_path, old, new)._sweep)
+    monkeypatch.setattr(kernels, "plan_of", functools.cache(kernels.plan_of.__wrapped__))
     over = overstepped(70, 8, F=8)
     assert max(over.values(), default=0) >= 100, over
 
@@ -328,6 +375,8 @@ def test_refusals(all_is_here, refused, reason):
         (call(F=32), "feature dim of 16, got 32"),
         (call(V=16), "multiple of 16 from 32 to 128, got 16"),
         (call(V=40), "multiple of 16 from 32 to 128, got 40"),
+        (call(V=112, capability=(8, 0)), "bytes of shared memory at value dim 112, this GPU gives a block 166,912"),
+        (call(V=96, capability=(8, 9)), "bytes of shared memory at value dim 96, this GPU gives a block 101,376"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -338,7 +387,8 @@ def test_what_cuda_leaves_to_triton(all_is_here, refused, reason):
 
 def test_what_is_not_refused(all_is_here):
     packed_qkv = (100 * 3 * 4 * 16, 3 * 4 * 16, 16, 1)
-    for fine in (call(), call(dtype=torch.float16, capability=(8, 0)), call(V=112), call(stride=packed_qkv)):
+    ada = call(capability=(8, 9))
+    for fine in (call(), call(dtype=torch.float16, capability=(8, 0)), call(V=112), call(stride=packed_qkv), ada):
         assert choose(taylor.BACKENDS, fine).name == "cuda"
 
 
@@ -350,50 +400,30 @@ def test_without_nvrtc_or_triton(all_is_here, monkeypatch):
     assert choose(taylor.BACKENDS, call()).name == "torch"
 
 
-AHEAD_OF_TIME = """
-import json, os, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from linattn.core.tiles import block_of
-from linattn.mixers.taylor import triton as kernels, triton_sweep
-
-def build(kernel, capability, warps, constants):
-    types = dict.fromkeys(("S_in", "z_in", "S_out", "z_out", "share", "delta", "added", "before", "S", "z"), "*fp32")
-    types |= dict.fromkeys(("cu_seqlens", "segment_document", "segment_start", "first"), "*i32")
-    types |= dict.fromkeys(("x", "y", "r", "w", "out_y", "out_r", "gradient", "out"), "*bf16") | {"scale": "fp32"}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] not in ("constexpr", "fp32")]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    words = dict(w.split(":")[:2] for w in usage.split() if w.count(":") == 1 and w.split(":")[1].isdigit())
-    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "shared": built.metadata.shared}
-
-capability, F, V, which = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-if which == "scan":
-    constants = dict(REVERSE=False, PACKED=True, INITIAL=True, INITIAL_GROUP=1, BLOCK=1024)
-    result = build(triton_sweep._scan_segments, capability, 4, constants)
-elif which == "delta":
-    result = build(triton_sweep._delta, capability, 4, dict(V=V, BV=max(16, block_of(V)), BLOCK=64))
-else:
+def build(which, F, V):
+    types = {
+        "fp32": "scale",
+        "*bf16": "x y r w out_y out_r gradient out",
+        "*fp32": "S_in z_in S_out z_out share delta added before S z",
+        "*i32": "cu_seqlens segment_document segment_start first first_part",
+    }
+    folder = "linattn.mixers.taylor.triton_sweep"
+    if which == "scan":
+        constants = {"REVERSE": False, "PACKED": True, "INITIAL": True, "INITIAL_GROUP": 1, "PARTS": 2, "BLOCK": 1024}
+        return Build(f"{folder}._scan_segments", 4, constants, types)
+    if which == "delta":
+        return Build(f"{folder}._delta", 4, {"V": V, "BV": max(16, tiles.block_of(V)), "BLOCK": 64}, types)
     tile = kernels.tile_for(F, V)
     left, right = kernels.blocks_of(F)
-    constants = dict(F=F, X=max(tile.linear, block_of(F + 1)), V=V, BV=max(block_of(V), 64), C=tile.chunk)
-    constants |= dict(LEFT=left, RIGHT=right, NUM_STAGES=tile.stages, REVERSE=which == "dkv", NORMALIZE=True)
+    constants = {"F": F, "X": max(tile.linear, tiles.block_of(F + 1)), "V": V, "BV": max(tiles.block_of(V), 64)}
+    constants |= {"C": tile.chunk, "LEFT": left, "RIGHT": right, "NUM_STAGES": tile.stages}
     constants |= dict.fromkeys(("X_GROUP", "Y_GROUP", "R_GROUP", "W_GROUP", "STATE_GROUP"), 1)
-    constants |= dict(VALUES=which in ("y", "dkv"), KEYS=which in ("dq", "dkv"), PACKED=which == "state")
-    constants |= dict(SPLIT=which == "state", INITIAL=False, FINAL={"y": 1, "state": 2}.get(which, 0))
-    result = build(triton_sweep._sweep, capability, tile.warps, constants)
-print(json.dumps(result))
-"""
-SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
-"""Bytes of shared memory that one block may have."""
+    constants |= {"VALUES": which in ("y", "dkv"), "KEYS": which in ("dq", "dkv"), "REVERSE": which == "dkv"}
+    constants |= {"NORMALIZE": True, "PACKED": which == "state", "SPLIT": which == "state", "INITIAL": False}
+    constants["FINAL"] = {"y": 1, "state": 2}.get(which, 0)
+    return Build(f"{folder}._sweep", tile.warps, constants, types)
+
+
 SWEEPS = ("y", "dq", "dkv", "state")
 COMPILED = [(90, 16, 64, x) for x in ("y", "state", "scan", "delta")] + [(80, 16, 64, "y"), (89, 16, 64, "y")]
 SLOW = [(cap, 16, 64, x) for cap in (80, 89, 90) for x in SWEEPS if (cap, 16, 64, x) not in COMPILED]
@@ -406,13 +436,9 @@ SLOW += [(90, F, 64, x) for F in (8, 24, 32) for x in ("y", "dkv")] + [(90, 16, 
 )
 def test_compiles_ahead_of_time(capability, F, V, sweep, record_property):
     """For GPUs that are not here: what `tile_for` chooses fits. Registers, spills (bytes a thread) are recorded."""
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", AHEAD_OF_TIME, str(capability), str(F), str(V), sweep]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    usage = json.loads(done.stdout.splitlines()[-1])
-    for name, value in usage.items():
+    found = usage(capability, {sweep: build(sweep, F, V)})[sweep]
+    for name, value in found.items():
         record_property(name, value)
-    assert usage["shared"] <= SHARED[capability]
+    assert found["shared"] <= SHARED[capability]
     # Below Hopper dq at V 112 spills 7,488 bytes: slow, but it is the CUDA sweeps that run this shape there.
-    assert usage["spilled"] <= (4096 if capability == 90 else 8192)
+    assert found["spilled"] <= (4096 if capability == 90 else 8192)

@@ -4,10 +4,7 @@ The interpreter has no bfloat16 arithmetic and cuts where it should round, so ke
 """
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,8 @@ if torch.cuda.is_available():
     pytest.skip("the interpreter's kernels would take the place of the GPU's", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
+
+from ahead_of_time import SHARED, Build, usage
 
 from linattn.core import laws
 from linattn.core.dispatch import Backend, anything
@@ -236,47 +235,23 @@ def test_steps_that_do_not_fit_their_pool():
         pools.taylor_step_deferred_(q, k, v, a_state(4, 5, 3), slots)
 
 
-AHEAD_OF_TIME = """
-import json, os, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from linattn.mixers.taylor import triton_step, triton_step_deferred
+def build(kernel, F, V, programs, readers):
+    copy = "copy" if kernel == "copy" else ""
+    types = {
+        "fp32": "scale",
+        "*bf16": f"q k v out recent_k recent_v {copy}",
+        "*fp32": "S z" if copy else "S z copy",
+        "*i32": "slots count",
+    }
+    BF, BV, depth = kernels.blocks_of(F, V)
+    shifts, warps, stages = kernels.walk_for(programs, F, V, kernel != "step")
+    constants = {"F": F, "V": V, "BF": BF, "BV": BV, "S_P": V, "SHIFTS": shifts, "DEPTH": depth, "WARPS": warps}
+    constants |= {"Q_GROUP": 1, "K_GROUP": 1, "V_GROUP": 1, "READERS": readers, "READERS_BLOCK": readers}
+    constants |= {"NORMALIZE": True, "STAGES": stages, "C": 8, "C_BLOCK": 8, "COPY": kernel == "copy"}
+    name = "triton_step._step" if kernel == "step" else "triton_step_deferred._step_deferred"
+    return Build(f"linattn.mixers.taylor.{name}", warps, constants, types)
 
-def build(kernel, capability, warps, constants):
-    types = dict.fromkeys(("q", "k", "v", "out", "recent_k", "recent_v", "copy"), "*bf16")
-    types |= {"scale": "fp32", "slots": "*i32", "count": "*i32", "S": "*fp32", "z": "*fp32"}
-    if not constants.get("COPY"):
-        types["copy"] = "*fp32"
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] not in ("constexpr", "fp32")]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    words = dict(w.split(":")[:2] for w in usage.split() if w.count(":") == 1 and w.split(":")[1].isdigit())
-    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "shared": built.metadata.shared}
 
-capability, which, shapes = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-kernel = triton_step._step if which == "step" else triton_step_deferred._step_deferred
-extra = {} if which == "step" else dict(C=8, C_BLOCK=8, COPY=which == "copy")
-result = {}
-for F, V, programs, readers in shapes:
-    BF, BV, depth = triton_step.blocks_of(F, V)
-    shifts, warps, stages = triton_step.walk_for(programs, F, V, which != "step")
-    constants = dict(F=F, V=V, BF=BF, BV=BV, S_P=V, SHIFTS=shifts, DEPTH=depth, Q_GROUP=1, K_GROUP=1, V_GROUP=1)
-    constants |= dict(READERS=readers, READERS_BLOCK=readers, NORMALIZE=True, STAGES=stages) | extra
-    if which == "step":
-        constants["WARPS"] = warps
-    result[f"f{F}-v{V}-shifts{shifts}-warps{warps}-readers{readers}"] = build(kernel, capability, warps, constants)
-print(json.dumps(result))
-"""
-SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
-"""Bytes of shared memory that one block may have."""
 FEW, MANY = 16, 16_384
 BUILT = {
     80: [(16, 112, FEW, 1), (16, 64, MANY, 1)],
@@ -291,13 +266,11 @@ BUILT = {
 @pytest.mark.parametrize("capability", (80, 89, 90))
 def test_compiles_ahead_of_time(capability, kernel, record_property):
     """For GPUs that are not here; next to nothing may spill (bytes a thread)."""
-    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", AHEAD_OF_TIME, str(capability), kernel, json.dumps(BUILT[capability])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    built = json.loads(done.stdout.splitlines()[-1])
-    for name, usage in built.items():
-        record_property(name, str(usage))
+    names = [f"f{F}-v{V}-programs{n}-readers{readers}" for F, V, n, readers in BUILT[capability]]
+    builds = [build(kernel, *shape) for shape in BUILT[capability]]
+    built = usage(capability, dict(zip(names, builds, strict=True)))
+    for name, found in built.items():
+        record_property(name, str(found))
     assert len(built) == len(BUILT[capability])
-    assert max(usage["shared"] for usage in built.values()) <= SHARED[capability]
-    assert {name: usage for name, usage in built.items() if usage["spilled"] > 64} == {}
+    assert max(found["shared"] for found in built.values()) <= SHARED[capability]
+    assert {name: found for name, found in built.items() if found["spilled"] > 64} == {}

@@ -4,15 +4,14 @@ Command: pytest tests/test_taylor_cuda.py
 """
 
 import ctypes
+import functools
 import hashlib
 import os
-import struct
 import subprocess
 from pathlib import Path
 
-import torch
-
 from linattn.mixers.taylor import cuda
+from linattn.mixers.taylor import triton as kernels
 
 EMULATOR = Path(__file__).parent / "emulator.h"
 ENTRY = """
@@ -47,7 +46,9 @@ def build(folder, kernel, defines, edit=None):
     if not made.exists():
         code, part = made.with_suffix(f".{os.getpid()}.cpp"), made.with_suffix(f".{os.getpid()}")
         code.write_text(text)
-        command = ["g++", "-std=c++17", "-shared", "-fPIC", "-O1", "-w", "-o", str(part), str(code)]
+        # The sanitizer's calls end in emulator.h, which tells the test: its own library would only print.
+        options = ["-std=c++17", "-shared", "-fPIC", "-O1", "-w", "-fsanitize=alignment"]
+        command = ["g++", *options, "-o", str(part), str(code)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{code} did not compile:\n{done.stderr[:3000]}")
@@ -57,20 +58,24 @@ def build(folder, kernel, defines, edit=None):
     return library
 
 
-def runner(folder, edit=None, capability=(9, 0)):
-    """What stands in for ``linattn.mixers.taylor.cuda._run`` on a GPU of this capability; ``edit`` as in `build`."""
+def emulate(monkeypatch, folder, edit=None, capability=(9, 0)):
+    """The CUDA sweeps run here as on a GPU of this capability; ``edit`` as in `build`."""
 
-    def run(kernel, V, flags, heads, cut, like, fields):
-        defines = cuda.defines_of(kernel, V, like.dtype == torch.bfloat16, tuple(sorted(flags.items())), capability)
-        kind = "".join(letter for letter, _ in fields)
-        arguments = struct.pack("@" + kind + "0q", *(value for _, value in fields))
-        library = build(folder, kernel, defines, edit)
+    def launcher(kernel, V, bf16, flags, grid, device):
+        library = build(folder, kernel, cuda.defines_of(kernel, V, bf16, flags, capability), edit)
         asked = (library.threads(), library.shared_bytes())
-        launched = (cuda.threads_of(kernel, V), cuda.shared_bytes(kernel, V, bool(flags.get("OUTPUT", True))))
+        output, wide = bool(dict(flags).get("OUTPUT", True)), cuda.is_wide(kernel, V, capability)
+        launched = (cuda.threads_of(V, wide), cuda.shared_bytes(kernel, V, output, wide))
         if asked[0] != launched[0] or asked[1] > launched[1]:
             raise EmulationError(f"{kernel} needs {asked} threads and bytes of shared memory, got {launched}")
-        wrong = library.run(heads, cut.count, ctypes.create_string_buffer(arguments))
-        if wrong:
-            raise EmulationError(f"{kernel}: {wrong.decode()}")
 
-    return run
+        def launch(arguments):
+            wrong = library.run(*grid, ctypes.create_string_buffer(arguments))
+            if wrong:
+                raise EmulationError(f"{kernel}: {wrong.decode()}")
+
+        return launch
+
+    monkeypatch.setattr(cuda, "_launcher", launcher)
+    # Plans keep what was prepared before.
+    monkeypatch.setattr(kernels, "plan_of", functools.cache(kernels.plan_of.__wrapped__))

@@ -1,5 +1,6 @@
 // What warp.cuh provides, without a GPU: a block's threads are fibers that meet where a warp or the block acts as one.
-// Blocks run one after another; shared memory is filled with NaN before each, and a copy arrives when it is waited for.
+// Blocks run one after another, and so do a block's warps, each until it waits for the others. Shared memory is filled with
+// NaN before each block, and a copy arrives when it is waited for.
 // What a GPU would not do, it names: `launch` gives those words, null where all went well.
 #include <ucontext.h>
 
@@ -21,21 +22,15 @@ typedef long long i64;
 struct alignas(16) Quad {
     u32 x, y, z, w;
 };
-struct alignas(8) Duo {
-    u32 x, y;
-};
 struct alignas(8) Two {
     float first, second;
 };
-#define SHARED alignas(16) __attribute__((section("static_shared"))) static
 #define DYNAMIC_SHARED(Type, name) alignas(16) __attribute__((section("dynamic_shared"))) static Type name
 #define EXTERN extern "C"
 #define __launch_bounds__(...)
 
-// Where the linker puts the two sections; null where there is none.
+// Where the linker puts the section; null where there is none.
 extern "C" {
-extern char __start_static_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_static_shared[] __attribute__((weak, visibility("hidden")));
 extern char __start_dynamic_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_dynamic_shared[] __attribute__((weak, visibility("hidden")));
 }
@@ -58,11 +53,22 @@ struct Warp {
     float c[32][4];
     u32 out[32][4];
 };
+// A product of four warps that is under way: its operands, and what d was before the first into the same d.
+struct Wide {
+    float (*d)[4];
+    int N;
+    u32 a[4];
+    const char* b;
+    int next_k, next_n;
+    bool fresh, under_way;
+    float held[20][4];
+};
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     // Groups of copies under way, the oldest first; those of the last are not committed yet.
     std::deque<std::vector<Copy>> copies = {{}};
+    std::vector<Wide> wides;
     bool done = false;
 };
 inline ucontext_t scheduler;
@@ -97,6 +103,8 @@ inline void together(Act act, const std::function<void(Warp&)>& run) {
 inline void demand_aligned(const void* a, const void* b, int bytes) {
     demand((uintptr_t)a % bytes == 0 && (uintptr_t)b % bytes == 0, "an address off its alignment");
 }
+// Where -fsanitize=alignment finds an address that its type does not allow.
+extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { demand(false, "an address off its alignment"); }
 inline void copy_later(void* to, const void* from, int bytes, bool live) {
     demand_aligned(to, from, bytes);
     fibers[thread].copies.back().push_back({to, live ? from : nullptr, bytes});
@@ -191,16 +199,8 @@ inline void load(u32 (&r)[4], const void* row, bool transposed) {
     });
     memcpy(r, w.out[lane], sizeof r);
 }
-inline void load_matrix_pair(u32 (&r)[2], const void* row) {
-    u32 all[4];
-    load(all, row, false);
-    r[0] = all[0], r[1] = all[1];
-}
-inline void load_matrix_transposed_pair(u32 (&r)[2], const void* row) {
-    u32 all[4];
-    load(all, row, true);
-    r[0] = all[0], r[1] = all[1];
-}
+typedef char* Spot;
+inline Spot spot_of(const void* at) { return (char*)at; }
 inline void load_matrix(u32 (&r)[4], const void* row) { load(r, row, false); }
 inline void load_matrix_transposed(u32 (&r)[4], const void* row) { load(r, row, true); }
 
@@ -218,18 +218,56 @@ inline void store_matrix(void* row, u32 a, u32 b, u32 c, u32 d) {
     });
 }
 
+inline u32 transpose(u32 a) {
+    using namespace emulated;
+    Warp& w = warp();
+    const int lane = thread % 32;
+    w.in[lane][0] = a;
+    together(LOAD, [](Warp& w) {
+        for (int l = 0; l < 32; l++)
+            for (int e = 0; e < 2; e++) {
+                const int i = 2 * (l % 4) + e, j = l / 4;
+                ((u16*)&w.out[l][0])[e] = ((const u16*)&w.in[4 * i + j / 2][0])[j % 2];
+            }
+    });
+    return w.out[lane][0];
+}
+inline void store_matrix_transposed(void* row, u32 a, u32 b, u32 c, u32 d) {
+    store_matrix(row, transpose(a), transpose(b), transpose(c), transpose(d));
+}
+
+// Done when waited for; until then d is NaN, and a later write to b is seen.
+struct Pieces {
+    const char* at;
+    int next_k, next_n;
+};
+inline Pieces describe(const void* b, int next_k, int next_n) { return {(const char*)b, next_k, next_n}; }
+inline Pieces ahead(Pieces b, int bytes) { return {b.at + bytes, b.next_k, b.next_n}; }
 inline void wide_begin() {}
-inline void wide_end() {}
+inline void wide_commit() {}
 inline void show_to_wide() {}
 template <int N>
-inline void wide_mma(float (&d)[N][4], const u32 (&a)[4], const void* b, int next_k, int next_n, bool fresh) {
+inline void wide_mma(float (&d)[N][4], const u32 (&a)[4], Pieces b, bool fresh) {
+    auto& wides = emulated::fibers[emulated::thread].wides;
+    bool under_way = false;
+    for (const emulated::Wide& other : wides) under_way |= other.d == d;
+    wides.push_back({d, N, {a[0], a[1], a[2], a[3]}, b.at, b.next_k, b.next_n, fresh, under_way});
+    if (under_way) return;
+    if (!fresh) memcpy(wides.back().held, d, sizeof d);
+    memset(d, 0xff, sizeof d);
+}
+template <int N>
+inline void wide_wait(float (&)[N][4]) {
     const int lane = emulated::thread % 32;
-    for (int n = 0; n < N; n++) {
-        const u32* low = (const u32*)((const char*)b + n * next_n);
-        const u32* high = (const u32*)((const char*)low + next_k);
-        if (fresh) mma_first(d[n], a[0], a[1], a[2], a[3], low[lane], high[lane]);
-        else mma(d[n], a[0], a[1], a[2], a[3], low[lane], high[lane]);
+    for (const emulated::Wide& w : emulated::fibers[emulated::thread].wides) {
+        if (!w.under_way && !w.fresh) memcpy(w.d, w.held, 16 * w.N);
+        for (int n = 0; n < w.N; n++) {
+            const u32* low = (const u32*)(w.b + n * w.next_n);
+            const u32* high = (const u32*)((const char*)low + w.next_k);
+            (w.fresh ? mma_first : mma)(w.d[n], w.a[0], w.a[1], w.a[2], w.a[3], low[lane], high[lane]);
+        }
     }
+    emulated::fibers[emulated::thread].wides.clear();
 }
 
 inline void copy_16(void* to, const void* from, bool live) { emulated::copy_later(to, from, 16, live); }
@@ -297,7 +335,6 @@ inline void start_block(int threads) {
     fibers.assign(threads, Fiber());
     warps.assign((threads + 31) / 32, Warp());
     block = Meeting();
-    spoil(__start_static_shared, __stop_static_shared);
     spoil(__start_dynamic_shared, __stop_dynamic_shared);
     for (auto& f : fibers) {
         f.stack.resize(1 << 17);
@@ -311,11 +348,15 @@ inline void run_block() {
     for (bool any = true; any && !wrong;) {
         const int before = steps;
         any = false;
-        for (thread = 0; thread < (int)fibers.size(); thread++) {
-            if (fibers[thread].done) continue;
-            any = true;
-            swapcontext(&scheduler, &fibers[thread].context);
-        }
+        for (int first = 0; first < (int)fibers.size(); first += 32)
+            for (int last = -1; last != steps;) {
+                last = steps;
+                for (thread = first; thread < min(first + 32, (int)fibers.size()); thread++) {
+                    if (fibers[thread].done) continue;
+                    any = true;
+                    swapcontext(&scheduler, &fibers[thread].context);
+                }
+            }
         demand(!any || steps != before, "threads wait for others that do not come");
     }
 }

@@ -34,7 +34,7 @@ SMALL = {
     "window": ("b2-h4-t512-d64-w129", "b2-h4-d64-w129"),
     "shortconv": ("b2-t512-d256-w3-silu-gate", "b2-d256-w3-silu-gate"),
 }
-SIZES = {"d_model": 256, "d_hidden": 256, "vocab_size": 1000}
+SIZES = {"d_model": 256, "d_hidden": 256, "vocab_size": 1001}
 LAYERS = {"n_layers": 3, "n_heads": 4, "linear_layers": (0,), "window_layers": (1,)}
 BASED = BasedConfig(**SIZES, **LAYERS)
 TRANSFORMER = TransformerConfig(**SIZES, n_layers=2, n_heads=4)

@@ -85,8 +85,10 @@ def test_a_gate_is_read_where_it_lies():
     torch.cuda.reset_peak_memory_stats()
     y = gated_rms_norm(x, gate, backend="triton")
     assert torch.cuda.max_memory_allocated() - before < 1.1 * y.numel() * y.element_size()
-    dense = results(x.contiguous(), gate.contiguous(), dy.contiguous(), None, "triton")
-    assert all(torch.equal(a, b) for a, b in zip(results(x, gate, dy, None, "triton"), dense, strict=True))
+    # Not bit by bit: of other strides Triton makes other layouts, which sum a row in another order.
+    want = results(x.double(), gate.double(), dy.double(), None, "torch")
+    got = results(x, gate, dy, None, "triton")
+    assert max(relative_error(a, b, (0, 1)) for a, b in zip(got, want, strict=True)) <= 2 * TORCH_TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("form", ("tnl", "tnl3"))

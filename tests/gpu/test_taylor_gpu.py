@@ -93,7 +93,7 @@ def test_every_value_dim_of_cuda(V, dtype):
 
 
 TILES = [(16, V, torch.bfloat16) for V in (8, 64, 112, 128)] + [(F, 64, torch.bfloat16) for F in (8, 24, 32)]
-TILES += [(16, 64, torch.float16), (16, 112, torch.float16), (32, 128, torch.bfloat16)]
+TILES += [(16, 64, torch.float16), (16, 112, torch.float16)]
 
 
 @pytest.mark.parametrize("F, V, dtype", TILES, ids=str)

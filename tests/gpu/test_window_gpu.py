@@ -194,9 +194,10 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("D, W, heads", ((64, 129, 2), (112, 129, 2), (64, 64, 8), (70, 1, 2)))
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float32), ids=str)
-def test_steps_replayed_from_a_cuda_graph(dtype, D, W, heads):
-    """300 tokens of many rows, more programs than fit at a time; idle rows, and slots that nobody named."""
-    rows, T = 70, 300
+@pytest.mark.parametrize("rows", (70, 140), ids=("few", "many"))
+def test_steps_replayed_from_a_cuda_graph(rows, dtype, D, W, heads):
+    """300 tokens by both walks of a ring, more programs than fit at a time; idle rows, slots that nobody named."""
+    T = 300
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(rows, T, h, D, device="cuda", generator=generator).to(dtype) for h in (heads, 2, 2))
     want, final = window_reference(q.double(), k.double(), v.double(), window=W)

@@ -80,6 +80,34 @@ def choose(backends: Sequence[Backend], call: Call, wanted: str | None = None) -
     raise BackendError(explain(pool, call))
 
 
+def layout_of(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """All of these tensors but where they lie and what they hold: shapes, strides, dtypes, devices."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+
+
+def remembered(
+    backends: Sequence[Backend], key: tuple[Any, ...], tensors: Sequence[Tensor | None], find: Callable[[], Backend]
+) -> Backend:
+    """What ``find`` returns once it has checked tensors of these layouts: found once, where nothing is traced.
+
+    key: whatever else it depends on.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return find()
+    signature = (key, layout_of(*[x for x in tensors if isinstance(x, Tensor)]))
+    known, backend = _FOUND.get(signature, (None, None))
+    if backend is None or known is not backends:
+        backend = find()
+        if len(_FOUND) >= _MOST_FOUND:
+            _FOUND.clear()
+        _FOUND[signature] = backends, backend
+    return backend
+
+
+_FOUND: dict[Any, tuple[Sequence[Backend], Backend]] = {}
+_MOST_FOUND = 4096
+
+
 def explain(backends: Sequence[Backend], call: Call) -> str:
     """The call and every backend's answer to it, for people."""
     where = call.device

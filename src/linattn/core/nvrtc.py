@@ -16,6 +16,13 @@ from typing import Any
 
 import torch
 
+from linattn.core.tiles import current_stream
+
+BLOCK_BYTES = {(8, 0): 166_912, (8, 7): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448}
+"""Shared memory that a block may ask for, by compute capability (CUDA programming guide)."""
+LEAST_BLOCK_BYTES = 101_376
+"""Of the capabilities that are not named."""
+
 WARP = Path(__file__).parent / "cuda" / "warp.cuh"
 """Included before every kernel: the instructions of a warp, by name."""
 
@@ -50,6 +57,11 @@ NVRTC = _find_nvrtc()
 def refusals() -> list[str]:
     """Why nothing can be compiled on this machine; [] means it can."""
     return [] if NVRTC is not None else ["needs NVRTC, which PyTorch's CUDA builds bring; none was found"]
+
+
+def block_bytes(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may ask for on a GPU of this capability."""
+    return BLOCK_BYTES.get(capability, LEAST_BLOCK_BYTES)
 
 
 @functools.cache
@@ -118,12 +130,18 @@ def load_kernel(cubin: bytes, name: str, threads: int, shared: int) -> Kernel:
     return Kernel(function, threads, shared)
 
 
-def launch_kernel(kernel: Kernel, grid: tuple[int, int], arguments: bytes) -> None:
-    """Run on PyTorch's current stream; ``arguments`` are the bytes of the kernel's one parameter."""
-    parameters = (ctypes.c_char_p * 1)(arguments)
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+_ARGUMENTS = ctypes.c_char_p * 1
+
+
+def launch_kernel(kernel: Kernel, grid: tuple[int, int], device: torch.device, arguments: bytes) -> None:
+    """Run on PyTorch's current stream of ``device``; ``arguments`` are the bytes of the kernel's one parameter."""
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch_kernel(kernel, grid, device, arguments)
+        return
+    stream = ctypes.c_void_p(current_stream(device))
     code = _driver().cuLaunchKernel(
-        kernel.function, grid[0], grid[1], 1, kernel.threads, 1, 1, kernel.shared, stream, parameters, None
+        kernel.function, *grid, 1, kernel.threads, 1, 1, kernel.shared, stream, _ARGUMENTS(arguments), None
     )
     _check(code, "cuLaunchKernel")
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of all mixers share: common refusals, block sizes, and the memory that descriptors need.
+"""What the Triton kernels of all mixers share: refusals, block sizes, aligned rows, shared heads, launches.
 
 Imports triton only inside functions: `import linattn` must not.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,42 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x`` [B, T, H, D] itself, or a copy where its rows cannot be fetched in pieces of 16 bytes.
+
+    An expanded gradient is such, and a view that begins off 16 bytes, which strides do not tell `layout_refusals`.
+    """
+    rows, tokens, heads, inner = x.stride()
+    if inner == 1 and tokens > 0 and not (rows | tokens | heads) % 8 and not x.data_ptr() % 16:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def gradient_of(x: Tensor, heads: int, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    """Where a kernel of ``heads`` heads writes the gradient of ``x`` [B, T, H, D], one for each head.
+
+    Heads that share one of x's are summed by `gathered`: theirs are in ``dtype``; in x's own where it is None.
+    """
+    B, T, H, D = x.shape
+    return torch.empty(B, T, heads, D, device=x.device, dtype=x.dtype if heads == H or dtype is None else dtype)
+
+
+def gathered(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``x``: of every head of its own, or the sums over those that share one, in fp32."""
+    if gradient.shape[2] == x.shape[2]:
+        return gradient
+    return gradient.unflatten(2, (x.shape[2], -1)).sum(3, dtype=torch.float32).to(x.dtype)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to know of what these tensors make."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+Launch = Callable[[Sequence[Tensor]], None]
+"""Runs one kernel on tensors of the layout that it was prepared for."""
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
@@ -83,47 +120,89 @@ def launch(
     warps: int,
 ) -> None:
     """Run a kernel, on its tensors' device, whose parameters are, in this order, tensors, numbers and constexprs."""
-    launcher(kernel, grid, tuple(numbers), tuple(constants), warps)(tensors)
+    kinds = (*[x.dtype for x in tensors], *[x.device for x in tensors])
+    _remembered(kernel, grid, kinds, tuple(numbers), tuple(constants), warps)(tensors)
 
 
 @functools.lru_cache(4096)
+def _remembered(
+    kernel: Any, grid: tuple[int, int, int], kinds: Any, numbers: tuple[float, ...], constants: Any, warps: int
+) -> Launch:
+    return launcher(kernel, grid, numbers, constants, warps)
+
+
 def launcher(
-    kernel: Any, grid: tuple[int, int, int], numbers: tuple[float, ...], constants: tuple[Any, ...], warps: int
-) -> Callable[[Sequence[Tensor]], None]:
-    """`launch` of everything but the tensors, to be kept by who runs it again.
+    kernel: Any, grid: tuple[int, int, int], numbers: Sequence[float], constants: Sequence[Any], warps: int
+) -> Launch:
+    """`launch` of everything but the tensors, to be kept by who runs it again on tensors of these dtypes and devices.
 
     Triton's own way to a compiled kernel took most of 200 us a call with kernels of seventy parameters. What was
-    compiled is remembered here under everything that Triton specializes on, the numbers' values being more than that.
+    compiled is remembered under what else Triton specializes on: which tensors begin at multiples of 16 bytes.
     """
     from triton.runtime._allocation import _allocator as allocator
 
     rest = (*numbers, *constants)
-    known: dict[Any, Any] = {}
+    known: dict[Any, Callable[[Sequence[int]], None]] = {}
 
     def run(tensors: Sequence[Tensor]) -> None:
         device = tensors[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device.index is not None and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 run(tensors)
             return
-        key = (device, *[x.dtype for x in tensors], *[x.data_ptr() % 16 for x in tensors])
+        pointers = [x.data_ptr() for x in tensors]
+        offsets = 0 if not functools.reduce(operator.or_, pointers) % 16 else tuple([p % 16 for p in pointers])
+        again = known.get(offsets)
+        if again is not None:
+            again(pointers)
+            return
         token = allocator.set(_descriptor_allocator(device))
         try:
-            compiled = known.get(key)
-            if compiled is not None:
-                compiled(*tensors, *rest)
-                return
             compiled = kernel[grid](*tensors, *rest, num_warps=warps)
-            if TRITON_VERSION in _REMEMBERED_VERSIONS and hasattr(compiled, "__getitem__"):
-                known[key] = compiled[grid]
         finally:
             allocator.reset(token)
+        if TRITON_VERSION in _REMEMBERED_VERSIONS and compiled is not None:
+            known[offsets] = _runner(compiled, grid, rest, device)
 
     return run
 
 
 _REMEMBERED_VERSIONS = {(3, 6)}
-"""Where calling a compiled kernel with all of its parameters, constexprs included, has been run on a GPU."""
+"""Where calling a compiled kernel with addresses and all of its other parameters has been run on a GPU."""
+
+
+def _runner(
+    compiled: Any, grid: tuple[int, int, int], rest: tuple[Any, ...], device: torch.device
+) -> Callable[[Sequence[int]], None]:
+    """A compiled kernel's launch as Triton's own last step makes it.
+
+    Of an address its launcher asks nothing; of each tensor, it asks for the address and the driver whether it is one.
+    """
+    from triton import knobs
+    from triton.runtime._allocation import _allocator as allocator
+
+    start, function, metadata, hooks = compiled.run, compiled.function, compiled.packed_metadata, knobs.runtime
+    allocate = _descriptor_allocator(device)
+
+    def run(pointers: Sequence[int]) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's, which want more of a launch
+            compiled[grid](*pointers, *rest)
+            return
+        start(*grid, current_stream(device), function, metadata, None, None, None, *pointers, *rest)
+
+    def run_with_memory(pointers: Sequence[int]) -> None:
+        token = allocator.set(allocate)
+        try:
+            run(pointers)
+        finally:
+            allocator.reset(token)
+
+    return run_with_memory if compiled.metadata.global_scratch_size else run
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of torch's current stream on a GPU, without an object around it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 @functools.cache

@@ -4,16 +4,12 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef long long i64;
-typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
 // 16 and 8 bytes that one instruction moves.
 struct __align__(16) Quad {
     u32 x, y, z, w;
-};
-struct __align__(8) Duo {
-    u32 x, y;
 };
 struct __align__(8) Two {
     float first, second;
@@ -86,60 +82,84 @@ DEVICE void mma_first(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 
 // Four warps at once, on compute capability 9.0: d [64 x N] (+)= a [64 x 16] b [16 x N]. A warp's 16 rows of a and d are held
 // as mma holds them. b is in shared memory in pieces of 8 columns by 8 of the 16, 128 bytes a piece, a column 16 bytes;
-// next_k and next_n: bytes from a piece to the next along the 16 and along the columns. Between wide_begin and wide_end.
+// next_k and next_n: bytes from a piece to the next along the 16 and along the columns. Behind wide_begin; until
+// wide_commit and wide_wait d is not there and a and b are still read.
 #if WIDE
-DEVICE u64 describe(const void* b, int next_k, int next_n) {
-    const u64 at = (u32)__cvta_generic_to_shared(b);
-    return (at & 0x3ffff) >> 4 | (u64)(next_k >> 4) << 16 | (u64)(next_n >> 4) << 32;
+// Where b is, as the instruction wants it: below 2^18 bytes, in units of 16.
+struct Pieces {
+    u32 low, high;
+};
+DEVICE Pieces describe(const void* b, int next_k, int next_n) {
+    const u32 at = (u32)__cvta_generic_to_shared(b);
+    return {(at & 0x3ffff) >> 4 | (u32)(next_k >> 4) << 16, (u32)(next_n >> 4)};
 }
+DEVICE Pieces ahead(Pieces b, int bytes) { return {b.low + (bytes >> 4), b.high}; }
 DEVICE void wide_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wide_end() {
-    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+DEVICE void wide_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DEVICE void wide_wait(float (&d)[N][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    // The compiler does not know that d arrives only now.
+#pragma unroll
+    for (int i = 0; i < 4 * N; i++) asm volatile("" : "+f"(d[i / 4][i % 4]) :: "memory");
 }
 
-DEVICE void wide_mma(float (&d)[8][4], const u32 (&a)[4], const void* b, int next_k, int next_n, bool fresh) {
-    asm volatile("{.reg .pred keep; setp.eq.b32 keep, %37, 0;"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." HALF_NAME "." HALF_NAME " "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, keep, 1, 1, 0;}"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(describe(b, next_k, next_n)), "r"((int)fresh));
-}
-
-DEVICE void wide_mma(float (&d)[20][4], const u32 (&a)[4], const void* b, int next_k, int next_n, bool fresh) {
-    asm volatile("{.reg .pred keep; setp.eq.b32 keep, %85, 0;"
-                 "wgmma.mma_async.sync.aligned.m64n160k16.f32." HALF_NAME "." HALF_NAME " "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
-                 "{%80, %81, %82, %83}, %84, keep, 1, 1, 0;}"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
-                   "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
-                   "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
-                   "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
-                   "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]),
-                   "+f"(d[16][0]), "+f"(d[16][1]), "+f"(d[16][2]), "+f"(d[16][3]), "+f"(d[17][0]), "+f"(d[17][1]), "+f"(d[17][2]), "+f"(d[17][3]),
-                   "+f"(d[18][0]), "+f"(d[18][1]), "+f"(d[18][2]), "+f"(d[18][3]), "+f"(d[19][0]), "+f"(d[19][1]), "+f"(d[19][2]), "+f"(d[19][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(describe(b, next_k, next_n)), "r"((int)fresh));
-}
+#define HELD_64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define HELD_80 HELD_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define HELD_96 HELD_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define HELD_112 HELD_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define HELD_128 HELD_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define HELD_160 HELD_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define HELD(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define HOLD_64 HELD(0), HELD(1), HELD(2), HELD(3), HELD(4), HELD(5), HELD(6), HELD(7)
+#define HOLD_80 HOLD_64, HELD(8), HELD(9)
+#define HOLD_96 HOLD_80, HELD(10), HELD(11)
+#define HOLD_112 HOLD_96, HELD(12), HELD(13)
+#define HOLD_128 HOLD_112, HELD(14), HELD(15)
+#define HOLD_160 HOLD_128, HELD(16), HELD(17), HELD(18), HELD(19)
+#define WIDE_MMA(N, A0, A1, A2, A3, LOW, HIGH, FRESH)                                                          \
+    DEVICE void wide_mma(float (&d)[N / 8][4], const u32 (&a)[4], Pieces b, bool fresh) {                      \
+        asm volatile("{.reg .pred keep; .reg .b64 at; setp.eq.b32 keep, %" #FRESH ", 0; "                      \
+                     "mov.b64 at, {%" #LOW ", %" #HIGH "}; "                                                   \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." HALF_NAME "." HALF_NAME " "             \
+                     "{" HELD_##N "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, at, keep, 1, 1, 0;}"           \
+                     : HOLD_##N                                                                                \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.low), "r"(b.high), "r"((int)fresh));  \
+    }
+WIDE_MMA(64, 32, 33, 34, 35, 36, 37, 38)
+WIDE_MMA(80, 40, 41, 42, 43, 44, 45, 46)
+WIDE_MMA(96, 48, 49, 50, 51, 52, 53, 54)
+WIDE_MMA(112, 56, 57, 58, 59, 60, 61, 62)
+WIDE_MMA(128, 64, 65, 66, 67, 68, 69, 70)
+WIDE_MMA(160, 80, 81, 82, 83, 84, 85, 86)
 #endif
 
 // What this thread has written to shared memory is seen by wide_mma behind the next barrier.
 DEVICE void show_to_wide() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// An address in shared memory, to which bytes are added. Of several at fixed distances the compiler keeps one register; of
+// as many pointers it keeps each.
+typedef u32 Spot;
+DEVICE Spot spot_of(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
 // Four 8 x 8 matrices of registers to shared memory, addresses as for load_matrix.
-DEVICE void store_matrix(void* row, u32 a, u32 b, u32 c, u32 d) {
+DEVICE void store_matrix(Spot row, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+DEVICE void store_matrix(void* row, u32 a, u32 b, u32 c, u32 d) { store_matrix(spot_of(row), a, b, c, d); }
+
+// The same, each matrix transposed.
+DEVICE void store_matrix_transposed(void* row, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  :: "r"((u32)__cvta_generic_to_shared(row)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// An 8 x 8 matrix of registers, transposed.
+DEVICE u32 transpose(u32 a) {
+    u32 b;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(b) : "r"(a));
+    return b;
 }
 
 // Four 8 x 8 matrices from shared memory, lane l giving the address of row l % 8 of matrix l / 8.
@@ -149,28 +169,17 @@ DEVICE void load_matrix(u32 (&r)[4], const void* row) {
                  : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
 }
 
-DEVICE void load_matrix_transposed(u32 (&r)[4], const void* row) {
+DEVICE void load_matrix_transposed(u32 (&r)[4], Spot row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
+DEVICE void load_matrix_transposed(u32 (&r)[4], const void* row) { load_matrix_transposed(r, spot_of(row)); }
 
-// Two 8 x 8 matrices, lanes 0 to 15 giving the addresses.
-DEVICE void load_matrix_pair(u32 (&r)[2], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+// 16 (or 4) bytes from global to shared memory without waiting; zeros where not live, and then nothing is read.
+DEVICE void copy_16(Spot to, const void* from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
 }
-
-DEVICE void load_matrix_transposed_pair(u32 (&r)[2], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
-}
-
-// 16 (or 4) bytes from global to shared memory without waiting; zeros where not live.
-DEVICE void copy_16(void* to, const void* from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(live ? 16 : 0) : "memory");
-}
+DEVICE void copy_16(void* to, const void* from, bool live) { copy_16(spot_of(to), from, live); }
 
 DEVICE void copy_4(void* to, const void* from, bool live) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
@@ -211,5 +220,4 @@ DEVICE int block_index(int axis) { return axis ? blockIdx.y : blockIdx.x; }
 #define DYNAMIC_SHARED(Type, name)                  \
     extern __shared__ __align__(16) char memory[]; \
     Type& name = *(Type*)memory
-#define SHARED __shared__ __align__(16)
 #define EXTERN extern "C" __global__

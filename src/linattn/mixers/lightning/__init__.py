@@ -6,14 +6,13 @@ The mixer of arXiv 2401.04658 and 2307.14995; README.md in this folder has the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from linattn.core.dispatch import Backend, anything, choose, describe
+from linattn.core.dispatch import Backend, anything, choose, describe, remembered
 from linattn.core.mixer import Mixer
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
@@ -94,14 +93,15 @@ def lightning_attention(
     """
     _check_log_decay("lightning_attention", log_decay, q)
     check_scale("lightning_attention", scale)
-    run = _forward_of(q, k, v, log_decay, cu_seqlens, backend)
+    given = (q, k, v, log_decay, cu_seqlens)
+    chosen = remembered(BACKENDS, ("lightning_attention", backend), given, lambda: _backend_for(*given, backend))
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
     if initial_state is not None:
         rows, heads = document_count(q.shape[0], cu_seqlens), log_decay.shape[0]
         shapes = {"log_decay": (rows, heads), "S": (rows, heads, q.shape[-1], v.shape[-1])}
         check_state("lightning_attention", initial_state, shapes, q.device, sum_dtype(q.dtype))
-    return run(
+    return chosen.forward(
         q,
         k,
         v,
@@ -150,36 +150,15 @@ def lightning_step_(
     return step(q, k, v, log_decay, pool, slots, scale=scale)
 
 
-def _forward_of(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str | None
-) -> Callable[..., Any]:
-    """What runs inputs of these shapes, checked; remembered where they are numbers and nothing is traced."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return _checked_forward(q, k, v, log_decay, cu_seqlens, backend)
-    given = [x for x in (q, k, v, log_decay, cu_seqlens) if isinstance(x, Tensor)]
-    signature = (BACKENDS, backend, *[(x.shape, x.stride(), x.dtype, x.device) for x in given])
-    run = _FORWARDS.get(signature)
-    if run is None:
-        run = _checked_forward(q, k, v, log_decay, cu_seqlens, backend)
-        if len(_FORWARDS) >= _MOST_FORWARDS:
-            _FORWARDS.clear()
-        _FORWARDS[signature] = run
-    return run
-
-
-_FORWARDS: dict[Any, Callable[..., Any]] = {}
-_MOST_FORWARDS = 4096
-
-
-def _checked_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str | None
-) -> Callable[..., Any]:
+def _backend_for(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, wanted: str | None
+) -> Backend:
     _check_entries("lightning_attention", check_attention("lightning_attention", q, k, v, log_decay.shape[0]))
     if cu_seqlens is not None:  # before it is described; the caller checks the values, which no signature holds
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
     tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "cu_seqlens": cu_seqlens}
     call = describe("lightning_attention", tensors, decay_grad=torch.is_grad_enabled() and log_decay.requires_grad)
-    return choose(BACKENDS, call, backend).forward
+    return choose(BACKENDS, call, wanted)
 
 
 def _check_entries(op: str, heads: Heads) -> None:

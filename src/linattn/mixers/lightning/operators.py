@@ -5,6 +5,7 @@ Needs no triton: an operator's body imports triton.py on its first run, never in
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from linattn.core.dispatch import Call, plain
 from linattn.core.shapes import document_count
-from linattn.core.tiles import layout_refusals, machine_refusals
+from linattn.core.tiles import layout_refusals, machine_refusals, wants_grad
 from linattn.mixers.lightning.chunked import LightningState
 
 MOST_ROWS = 60_000
@@ -43,6 +44,13 @@ def refuses(call: Call) -> list[str]:
     return wrong
 
 
+@functools.cache
+def _kernels() -> Any:
+    from linattn.mixers.lightning import triton
+
+    return triton
+
+
 @torch.library.custom_op("linattn::lightning_forward", mutates_args=())
 def lightning_forward(
     q: Tensor,
@@ -55,9 +63,7 @@ def lightning_forward(
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, Ho, V] and the final S [N, H, K, V], of no rows unless asked for."""
-    from linattn.mixers.lightning import triton
-
-    o, S = triton.forward(q, k, v, log_decay, scale, initial, cu_seqlens, return_state)
+    o, S = _kernels().forward(q, k, v, log_decay, scale, initial, cu_seqlens, return_state)
     return o, q.new_empty(0, log_decay.shape[0], q.shape[3], v.shape[3], dtype=torch.float32) if S is None else S
 
 
@@ -83,9 +89,7 @@ def lightning_backward(
     decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dlog_decay (of no entries unless asked for), and the initial S's gradient (likewise)."""
-    from linattn.mixers.lightning import triton
-
-    dq, dk, dv, d_decay, d_initial = triton.backward(
+    dq, dk, dv, d_decay, d_initial = _kernels().backward(
         do, d_final, q, k, v, log_decay, scale, initial, cu_seqlens, decay_gradient
     )
     if d_decay is None:
@@ -129,19 +133,15 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        from linattn.mixers.lightning import triton
-
         _setup(ctx, inputs, None)
-        return triton.forward(*inputs)
+        return _kernels().forward(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> Any:
-        from linattn.mixers.lightning import triton
-
         q, k, v, log_decay, initial, cu_seqlens = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3]
-        dq, dk, dv, d_decay, d_initial = triton.backward(
+        dq, dk, dv, d_decay, d_initial = _kernels().backward(
             do, d_final, q, k, v, log_decay, ctx.scale, initial, cu_seqlens, wanted
         )
         return dq, dk, dv, d_decay, None, d_initial, None, None
@@ -152,9 +152,7 @@ def lightning_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, S: Tensor, carried: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """One token a row: o [B, Ho, V]; S [slots, H, K, V] and carried [slots, H] are rewritten in place."""
-    from linattn.mixers.lightning import triton
-
-    return triton.step_(q, k, v, log_decay, S, carried, slots, scale)
+    return _kernels().step_(q, k, v, log_decay, S, carried, slots, scale)
 
 
 @lightning_step.register_fake
@@ -178,9 +176,7 @@ def forward(
     if not plain(q, k, v, log_decay, initial, cu_seqlens):
         o, S = lightning_forward(q, k, v, log_decay, scale, initial, cu_seqlens, return_state)
     else:
-        from linattn.mixers.lightning import triton
-
-        run = _Eager.apply if torch.is_grad_enabled() else triton.forward
+        run = _Eager.apply if wants_grad(q, k, v, log_decay, initial) else _kernels().forward
         o, S = run(q, k, v, log_decay, float(scale), initial, cu_seqlens, return_state)
     if S is None or not return_state:
         return o, None

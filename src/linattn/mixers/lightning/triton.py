@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from linattn.core.dispatch import layout_of
 from linattn.core.segments import Segments, cut_segments
-from linattn.core.tiles import block_of, launch, launcher
+from linattn.core.tiles import Launch, aligned, block_of, gathered, gradient_of, launch, launcher
 from linattn.mixers.lightning.triton_decay import _decay_gradient
 from linattn.mixers.lightning.triton_step import _step
 from linattn.mixers.lightning.triton_sweep import _scan_segments, _sweep
@@ -83,73 +84,106 @@ def plain_tile(K: int, V: int) -> Tile:
     return Tile(32, 32, 4, 2, 1) if BK > 128 else Tile(64, min(BV, 64), 4, 2, 1)
 
 
-def _cut(
-    rows: int,
-    tokens: int,
-    programs: int,
-    tile: Tile,
-    cu_seqlens: Tensor | None,
-    device: torch.device,
-    segments: int | None = None,
-) -> Segments:
-    """Segments for ``rows`` rows of ``tokens`` tokens with ``programs`` programs each (core/segments.py)."""
-    settings: dict[str, Any] = {"again": AGAIN, "parts": PARTS, "shortest": SHORTEST_SEGMENT, "segments": segments}
-    return cut_segments(rows, tokens, programs, tile.resident, max(tile.chunk, 64), cu_seqlens, device, **settings)
+@dataclass(frozen=True)
+class Plan:
+    """What calls on tensors of one layout share: sizes, tiles, how rows are cut, and the launches by name.
+
+    key, value: the tiles of sweeps whose state is K x V, and V x K. cut: None where documents are packed, whose lengths
+    are on the device. launches: each is prepared when it first runs.
+    """
+
+    documents: int
+    heads: int
+    key: Tile
+    value: Tile
+    scale: float
+    cut: Segments | None
+    segments: int | None
+    launches: dict[str, Launch] = field(default_factory=dict)
+
+
+@functools.lru_cache(4096)
+def plan_of(layout: tuple[Any, ...], scale: float, tile: Tile | None, segments: int | None) -> Plan:
+    """The plan of calls whose first five tensors are q, k, v, log_decay and cu_seqlens; layout: all that they read.
+
+    tile, segments: to be taken instead of the tuned one, and of as many a row as the cost model says.
+    """
+    q, _, v, log_decay, packed = layout[:5]
+    (B, T, Hq, K), V, device = q[0], v[0][3], q[3]
+    documents, heads = B if packed is None else packed[0][0] - 1, max(Hq, log_decay[0][0])
+    key, value = tile or tile_for(K, V, device), tile or tile_for(V, K, device)
+    plan = Plan(documents, heads, key, value, scale, None, segments)
+    return plan if packed is not None else replace(plan, cut=_cut(plan, B, T, V, None, device))
+
+
+def _cut(plan: Plan, rows: int, tokens: int, V: int, cu_seqlens: Tensor | None, device: torch.device) -> Segments:
+    tile = plan.key
+    return cut_segments(
+        rows,
+        tokens,
+        plan.heads * -(-V // tile.value),
+        tile.resident,
+        max(tile.chunk, 64),
+        cu_seqlens,
+        device,
+        again=AGAIN,
+        parts=PARTS,
+        shortest=SHORTEST_SEGMENT,
+        segments=plan.segments,
+    )
 
 
 def sweep(
+    plan: Plan,
+    name: str,
+    cut: Segments,
     a: Tensor | None,
     b: Tensor,
     c: Tensor,
     out: Tensor | None,
     log_decay: Tensor,
-    tile: Tile,
-    cut: Segments,
-    *,
-    heads: int,
-    scale: float,
     cu_seqlens: Tensor | None,
-    reverse: bool = False,
-    state_in: Tensor | None = None,
-    state_out: Tensor | None = None,
-    summary: bool = False,
+    state_in: Tensor | None,
+    state_out: Tensor | None,
+    *,
     pair: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    **settings: Any,
 ) -> None:
     """Launch `_sweep`. States are [segments or documents, H, K, V] views of fp32, K going with b and V with c.
 
-    pair: (a, b, c, out) of a second sweep to go beside it, whose state is the transpose.
+    name: what the plan keeps the launch under; everything but the tensors' addresses must follow from plan and name.
+    pair: (a, b, c, out) of a second sweep to go beside it, whose state is the transpose. settings: `_sweep_launcher`'s.
     """
-    given = [x if x is not None else b for x in (a, b, c, out)]
-    given += pair or given
+    first = (b if a is None else a, b, c, b if out is None else out)
     options = (state_in, state_out, cu_seqlens, cut.document, cut.start)
-    tensors = [*given, log_decay, *[x if x is not None else log_decay for x in options]]
-    final = 0 if state_out is None else 2 if summary else 1
-    switches = (reverse, cu_seqlens is not None, out is not None, state_in is not None, final, pair is not None)
-    layout = tuple([(x.shape, x.stride()) for x in tensors])
-    _sweep_launcher(layout, tile, cut.count, cut.tokens, cut.per_row, heads, scale, switches)(tensors)
+    tensors = [*first, *(pair or first), log_decay, *[log_decay if x is None else x for x in options]]
+    run = plan.launches.get(name)
+    if run is None:
+        given = (out is not None, state_in is not None, state_out is not None, cu_seqlens is not None, pair is not None)
+        run = plan.launches[name] = _sweep_launcher(tensors, given, plan.scale, cut, **settings)
+    run(tensors)
 
 
-@functools.lru_cache(4096)
 def _sweep_launcher(
-    layout: tuple[Any, ...],
-    tile: Tile,
-    segments: int,
-    segment_tokens: int,
-    per_row: int,
-    heads: int,
+    tensors: Sequence[Tensor],
+    given: tuple[bool, ...],
     scale: float,
-    switches: tuple[Any, ...],
-) -> Callable[[Sequence[Tensor]], None]:
-    """What runs `_sweep` on tensors of this layout, (shape, strides) each: kept, because building it takes long."""
-    reverse, packed, output, initial, final, pair = switches
-    sizes, strides = ([x[i] for x in layout] for i in range(2))
-    K, V, tokens = sizes[1][-1], sizes[2][-1], sizes[1][1]
-    numbers = [scale, tokens, segment_tokens, per_row, PARTS]
-    for x in strides[:8]:
-        numbers += x[:3]
-    for stride, present in zip(strides[9:11], (initial, final), strict=True):
-        numbers += stride if present else (0, 0, 0, 0)
-    groups = [heads // size[2] for size in sizes[:8]]
+    cut: Segments,
+    *,
+    heads: int,
+    tile: Tile,
+    reverse: bool = False,
+    summary: bool = False,
+) -> Launch:
+    """heads: of the sweep. reverse: from the last token on. summary: what each segment adds to the state is put out."""
+    output, initial, final, packed, pair = given
+    K, V, tokens = tensors[1].shape[-1], tensors[2].shape[-1], tensors[1].shape[1]
+    numbers = [scale, tokens, cut.tokens, cut.per_row, PARTS]
+    for x in tensors[:8]:
+        numbers += x.stride()[:3]
+    for x, present in zip(tensors[9:11], (initial, final), strict=True):
+        numbers += x.stride() if present else (0, 0, 0, 0)
+    groups = [heads // x.shape[2] for x in tensors[:8]]
     BV = tile.value
     constants = (
         K,
@@ -158,33 +192,31 @@ def _sweep_launcher(
         BV,
         tile.chunk,
         *groups[:3],
-        heads // sizes[8][0],
+        heads // tensors[8].shape[0],
         reverse,
         packed,
-        per_row != 1,
+        cut.per_row != 1,
         output,
         initial,
-        final,
+        0 if not final else 2 if summary else 1,
         *groups[4:7],
         pair,
         tile.stages,
     )
-    grid = (-(-V // BV) * (2 if pair else 1), heads, segments)
-    return launcher(_sweep, grid, tuple(numbers), constants, tile.warps)
+    grid = (-(-V // BV) * (2 if pair else 1), heads, cut.count)
+    return launcher(_sweep, grid, numbers, constants, tile.warps)
 
 
 def states_before(
+    plan: Plan,
+    cut: Segments,
     b: Tensor,
     c: Tensor,
     log_decay: Tensor,
-    tile: Tile,
-    cut: Segments,
-    *,
-    heads: int,
-    documents: int,
-    scale: float,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    heads: int,
     reverse: bool = False,
 ) -> Tensor | None:
     """The state before each segment, [segments, heads, K, V]: the initial one itself where nothing is cut."""
@@ -194,24 +226,36 @@ def states_before(
     K, V = b.shape[-1], c.shape[-1]
     added = b.new_empty(fine.count, heads, K, V, dtype=torch.float32)
     before = b.new_empty(cut.count, heads, K, V, dtype=torch.float32)
-    shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": reverse}
-    sweep(None, b, c, None, log_decay, tile, fine, heads=heads, scale=scale, state_out=added, summary=True, **shared)
-    block = 1024
+    settings: dict[str, Any] = {"heads": heads, "tile": plan.key, "reverse": reverse, "summary": True}
+    sweep(plan, f"add{reverse}", fine, None, b, c, None, log_decay, cu_seqlens, None, added, **settings)
     optional = (initial, log_decay, cu_seqlens, fine.first, cut.first)
-    tensors = [added, before, *(x if x is not None else log_decay for x in optional)]
-    strides = initial.stride() if initial is not None else (0, 0, 0, 0)
-    constants = (
-        V,
-        heads // log_decay.shape[0],
-        1 if initial is None else heads // initial.shape[1],
-        reverse,
-        cu_seqlens is not None,
-        initial is not None,
-        block,
-    )
-    numbers = (b.shape[1], fine.tokens, fine.per_row, cut.per_row, PARTS, heads, K * V, *strides)
-    launch(_scan_segments, (-(-K * V // block), heads, documents), tensors, numbers, constants, warps=4)
+    tensors = [added, before, *(log_decay if x is None else x for x in optional)]
+    name = f"scan{reverse}"
+    run = plan.launches.get(name)
+    if run is None:
+        packed, documents = cu_seqlens is not None, plan.documents
+        run = plan.launches[name] = _scan_launcher(tensors, b.shape[1], cut, initial, documents, reverse, packed)
+    run(tensors)
     return before
+
+
+def _scan_launcher(
+    tensors: Sequence[Tensor],
+    tokens: int,
+    cut: Segments,
+    initial: Tensor | None,
+    documents: int,
+    reverse: bool,
+    packed: bool,
+) -> Launch:
+    fine, block = cut.fine, 1024
+    assert fine is not None
+    _, heads, K, V = tensors[0].shape
+    strides = (0, 0, 0, 0) if initial is None else initial.stride()
+    numbers = (tokens, fine.tokens, fine.per_row, cut.per_row, PARTS, heads, K * V, *strides)
+    groups = (heads // tensors[3].shape[0], 1 if initial is None else heads // initial.shape[1])
+    constants = (V, *groups, reverse, packed, initial is not None, block)
+    return launcher(_scan_segments, (-(-K * V // block), heads, documents), numbers, constants, 4)
 
 
 def forward(
@@ -227,35 +271,21 @@ def forward(
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, T, Ho, V] and the final S [N, H, K, V] (None unless asked for)."""
-    B, T, n_state = q.shape[0], q.shape[1], log_decay.shape[0]
-    K, V, heads = q.shape[-1], v.shape[-1], max(q.shape[2], n_state)
-    documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    o = q.new_empty(B, T, heads, V)
-    final = q.new_empty(documents, n_state, K, V, dtype=torch.float32) if return_state else None
+    (B, T, Hq, K), V, n_state = q.shape, v.shape[3], log_decay.shape[0]
     if T == 0:
-        if final is not None:
-            final = final.zero_() if initial is None else final.copy_(initial)
-        return o, final
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        final = q.new_zeros(B, n_state, K, V, dtype=torch.float32) if return_state else None
+        return q.new_empty(B, 0, max(Hq, n_state), V), final if initial is None or final is None else final.copy_(
+            initial
+        )
+    q, k, v = aligned(q), aligned(k), aligned(v)
     initial = None if initial is None else initial.float()
-    tile = tile or tile_for(K, V, q.device)
-    programs = heads * -(-V // tile.value)
-    cut = _cut(B, T, programs, tile, cu_seqlens, q.device, segments)
-    shared: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
-    before = states_before(k, v, log_decay, tile, cut, heads=n_state, documents=documents, initial=initial, **shared)
-    sweep(
-        q,
-        k,
-        v,
-        o,
-        log_decay,
-        tile,
-        cut,
-        heads=heads,
-        state_in=before,
-        state_out=final,
-        **shared,
-    )
+    plan = plan_of(layout_of(q, k, v, log_decay, cu_seqlens, initial), scale, tile, segments)
+    o = q.new_empty(B, T, plan.heads, V)
+    final = q.new_empty(plan.documents, n_state, K, V, dtype=torch.float32) if return_state else None
+    cut = plan.cut or _cut(plan, B, T, V, cu_seqlens, q.device)
+    before = states_before(plan, cut, k, v, log_decay, initial, cu_seqlens, heads=n_state)
+    name = "y" if final is None else "y and S"
+    sweep(plan, name, cut, q, k, v, o, log_decay, cu_seqlens, before, final, heads=plan.heads, tile=plan.key)
     return o, final
 
 
@@ -274,52 +304,59 @@ def backward(
     segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, dlog_decay (None unless asked for) and the gradient of the initial S (None where there is none)."""
-    B, T, n_state = q.shape[0], q.shape[1], log_decay.shape[0]
-    K, V, heads = q.shape[-1], v.shape[-1], max(q.shape[2], n_state)
-    documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    d_initial = None if initial is None else q.new_empty(documents, heads, K, V, dtype=torch.float32)
+    (B, T, Hq, K), V, n_state = q.shape, v.shape[3], log_decay.shape[0]
     if T == 0:
-        if initial is not None:
-            d_initial = torch.zeros_like(initial) if d_final is None else d_final.clone()
-        d_decay = torch.zeros_like(log_decay) if decay_gradient else None
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_decay, d_initial
-    do = q.new_zeros(B, T, heads, V) if do is None else _aligned(do)
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    initial = None if initial is None else initial.float()
-    d_final = None if d_final is None else d_final.float()
-    group = heads // n_state
-    seed = d_final
-    if d_final is not None and group > 1:
-        # The heads that share a State share its gradient: the first of them carries it.
-        seed = d_final.new_zeros(documents, heads, K, V)
-        seed[:, ::group] = d_final
-    grads = [_gradient(x, heads) for x in (q, k, v)]
-    by_value, by_key = tile or tile_for(V, K, q.device), tile or tile_for(K, V, q.device)
-    programs = heads * -(-V // by_key.value)
-    cut = _cut(B, T, programs, by_key, cu_seqlens, q.device, segments)
-    shared: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
-    S = states_before(k, v, log_decay, by_key, cut, heads=n_state, documents=documents, initial=initial, **shared)
+        return _nothing_read(d_final, q, k, v, log_decay, initial, decay_gradient)
+    heads = max(Hq, n_state)
+    do = q.new_zeros(B, T, heads, V) if do is None else aligned(do)
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    initial, d_final = (None if x is None else x.float() for x in (initial, d_final))
+    plan = plan_of(layout_of(q, k, v, log_decay, cu_seqlens, initial, do, d_final), scale, tile, segments)
+    cut = plan.cut or _cut(plan, B, T, V, cu_seqlens, q.device)
+    grads = [gradient_of(x, heads) for x in (q, k, v)]
+    S = states_before(plan, cut, k, v, log_decay, initial, cu_seqlens, heads=n_state)
     S = None if S is None else S.transpose(-1, -2)
-    sweep(do, v, k, grads[0], log_decay, by_value, cut, heads=heads, state_in=S, **shared)
-    shared["reverse"] = True
-    D = states_before(q, do, log_decay, by_key, cut, heads=heads, documents=documents, initial=seed, **shared)
+    sweep(plan, "dq", cut, do, v, k, grads[0], log_decay, cu_seqlens, S, None, heads=heads, tile=plan.value)
+    seed = d_final if d_final is None or heads == n_state else _spread(d_final, heads)
+    D = states_before(plan, cut, q, do, log_decay, seed, cu_seqlens, heads=heads, reverse=True)
     # A State's gradient is summed over the heads that read it, so here every head has a state of its own.
-    spread = log_decay if group == 1 else log_decay.repeat_interleave(group)
+    spread = log_decay if heads == n_state else log_decay.repeat_interleave(heads // n_state)
+    d_initial = None if initial is None else q.new_empty(plan.documents, heads, K, V, dtype=torch.float32)
     first, second = (k, q, do, grads[2]), (v, do, q, grads[1])
-    shared |= {"heads": heads}
-    out: dict[str, Any] = {"state_in": D, "state_out": d_initial}
-    if K == V and grads[1].dtype == grads[2].dtype:
-        sweep(*first, spread, by_key, cut, pair=second, **out, **shared)
-    else:
-        sweep(*first, spread, by_key, cut, **out, **shared)
-        sweep(*second, spread, by_value, cut, state_in=None if D is None else D.transpose(-1, -2), **shared)
-    d_decay = None
-    if decay_gradient:
-        d_decay = decay_gradient_of(do, d_final, q, k, v, log_decay, scale, initial, cu_seqlens)
-    dq, dk, dv = (_gathered(g, x) for g, x in zip(grads, (q, k, v), strict=True))
-    if d_initial is not None and group > 1:
-        d_initial = d_initial.unflatten(1, (n_state, group)).sum(2)
-    return dq, dk, dv, d_decay, d_initial
+    same = K == V and grads[1].dtype == grads[2].dtype
+    settings: dict[str, Any] = {"pair": second if same else None, "heads": heads, "reverse": True}
+    sweep(plan, "dv", cut, *first, spread, cu_seqlens, D, d_initial, tile=plan.key, **settings)
+    if not same:
+        D = None if D is None else D.transpose(-1, -2)
+        sweep(plan, "dk", cut, *second, spread, cu_seqlens, D, None, tile=plan.value, **settings)
+    d_decay = decay_gradient_of(do, d_final, q, k, v, log_decay, scale, initial, cu_seqlens) if decay_gradient else None
+    if d_initial is not None and heads > n_state:
+        d_initial = d_initial.unflatten(1, (n_state, -1)).sum(2)
+    return gathered(grads[0], q), gathered(grads[1], k), gathered(grads[2], v), d_decay, d_initial
+
+
+def _nothing_read(
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial: Tensor | None,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`backward` of a call on no tokens, whose final State is the initial one."""
+    d_decay, d_initial = torch.zeros_like(log_decay) if decay_gradient else None, None
+    if initial is not None:
+        d_initial = torch.zeros_like(initial) if d_final is None else d_final.clone()
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_decay, d_initial
+
+
+def _spread(d_final: Tensor, heads: int) -> Tensor:
+    """The heads that share a State share its gradient [N, H, K, V]: the first of them carries it, of ``heads``."""
+    N, n_state, K, V = d_final.shape
+    seed = d_final.new_zeros(N, heads, K, V)
+    seed[:, :: heads // n_state] = d_final
+    return seed
 
 
 def decay_gradient_of(
@@ -385,28 +422,3 @@ def step_(
         warps=warps,
     )
     return o
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` itself, or a copy where its rows cannot be fetched in pieces of 16 bytes.
-
-    An expanded gradient is such, and a view that begins off 16 bytes, which strides do not tell `refuses`.
-    """
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x  # a head's dims are multiples of 8
-    outer = x.stride()[:3]
-    fits = x.stride(3) == 1 and all(s % 8 == 0 for s in outer) and outer[1] > 0 and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
-
-
-def _gradient(x: Tensor, heads: int) -> Tensor:
-    """Where a sweep writes the gradient of x: in fp32 a head where several heads share x's, to be summed then."""
-    if x.shape[2] == heads:
-        return x.new_empty(x.shape)
-    return torch.empty(*x.shape[:2], heads, x.shape[3], device=x.device, dtype=torch.float32)
-
-
-def _gathered(gradient: Tensor, x: Tensor) -> Tensor:
-    if gradient.shape[2] == x.shape[2]:
-        return gradient
-    return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linattn.mixers.lightning.triton_sweep import _expm1, _operand
+from linattn.core.triton_parts import document_tokens, operand
+from linattn.mixers.lightning.triton_sweep import _expm1
 
 
 @triton.jit
@@ -66,14 +67,7 @@ def _decay_gradient(
     h = tl.program_id(1)
     document = tl.program_id(2).to(tl.int64)
     v0 = block * BV
-    row = document
-    begin = row * 0
-    length = tokens
-    if PACKED:
-        row = document * 0
-        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), begin), tokens)
-        length = (end - begin).to(tl.int32)
+    row, begin, length = document_tokens(cu_seqlens, document, tokens, PACKED)
     rows = tl.maximum(length, 1)
     q_rows = tl.make_tensor_descriptor(
         q + row * q_n + begin * q_t + (h // Q_GROUP).to(tl.int64) * q_h, [rows, K], [q_t, 1], [C, BK]
@@ -112,10 +106,10 @@ def _decay_gradient(
         # [C of k, C of q]
         total += tl.sum(tl.dot(ks, tl.trans(qs)) * tl.dot(vs, tl.trans(dos)) * within, 0)
         since = tl.exp2(log2_decay * (i + 1))
-        operand, unit = _operand(slope, dtype)
-        steepness = tl.dot(operand, tl.trans(qs)) * (since * unit)[None, :]
-        operand, unit = _operand(state, dtype)
-        steepness += tl.dot(operand, tl.trans(qs)) * (since * (i + 1) * unit)[None, :]
+        rounded, unit = operand(slope, dtype)
+        steepness = tl.dot(rounded, tl.trans(qs)) * (since * unit)[None, :]
+        rounded, unit = operand(state, dtype)
+        steepness += tl.dot(rounded, tl.trans(qs)) * (since * (i + 1) * unit)[None, :]
         total += tl.sum(steepness * tl.trans(dos).to(tl.float32), 0)
         to_end = tl.maximum(m - 1 - i, 0)
         weight = tl.exp2(log2_decay * to_end)

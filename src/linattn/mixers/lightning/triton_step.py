@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linattn.core.triton_parts import slot_of
 from linattn.mixers.lightning.triton_sweep import _expm1
 
 
@@ -49,9 +50,7 @@ def _step(
     h = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     j = block * BV + tl.arange(0, BV)
-    slot = tl.load(slots + row).to(tl.int64)
-    alive = (slot >= 0) & (slot < n_slots)
-    slot = tl.where(alive, slot, 0)
+    alive, slot = slot_of(slots, row, n_slots)
     decay = tl.load(log_decay + h).to(tl.float32)
     less = _expm1(decay)
     place = pool + slot * pool_n + h.to(tl.int64) * pool_h

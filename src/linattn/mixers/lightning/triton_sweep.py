@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linattn.core.triton_parts import document_tokens, ends_document, operand, segment_tokens_of
+
 
 @triton.jit
 def _expm1(x):
@@ -26,17 +28,25 @@ def _expm1(x):
 
 
 @triton.jit
-def _operand(state, dtype: tl.constexpr):
-    """A state as an operand of a product, and the power of two to multiply that product by.
+def _first_heard(first, last, length, chunks, segment_tokens, part, log2_decay, C: tl.constexpr, REVERSE: tl.constexpr):
+    """At which step to begin a segment of which only what it adds is wanted; ``chunks``: at none.
 
-    float16 ends at 65504, which sums over a long text pass; bfloat16 would lose three bits of what float16 can say.
+    Weights below 2^-149 are 0 in fp32: what lies further from where the state is read next is not read itself, nor what
+    the last segment would add, which nobody reads.
     """
-    if dtype == tl.float16:
-        largest = tl.max(tl.max(tl.abs(state), 1), 0)
-        exponent = tl.maximum(tl.ceil(tl.log2(tl.maximum(largest, 1.0))) - 14, 0)
-        return (state * tl.exp2(-exponent)).to(dtype), tl.exp2(exponent)
-    else:  # noqa: RET505  what follows a constexpr branch would be compiled for both
-        return state.to(dtype), 1.0
+    heard = tl.minimum(150.0 / tl.maximum(-log2_decay, 1e-30), 1e9).to(tl.int32)
+    index = first // segment_tokens
+    if REVERSE:
+        beyond = first - index // part * part * segment_tokens
+        unread = index < part
+    else:
+        boundary = (index // part + 1) * part * segment_tokens
+        beyond = tl.minimum(boundary, length) - last
+        unread = boundary >= length
+    begin_step = tl.maximum(chunks - tl.maximum(heard - beyond + C - 1, 0) // C - 1, 0)
+    if unread | (beyond > heard):
+        begin_step = chunks
+    return begin_step
 
 
 @triton.jit
@@ -142,27 +152,9 @@ def _sweep(
         in_k, in_v = tl.where(second, in_v, in_k), tl.where(second, in_k, in_v)
     v0 = block * BV
     segment = tl.program_id(2).to(tl.int64)
-    document = segment
-    first = 0
-    if SPLIT:
-        if PACKED:
-            document = tl.load(segment_document + segment).to(tl.int64)
-            first = tl.load(segment_start + segment)
-        else:
-            document = segment // per_row
-            first = ((segment % per_row) * segment_tokens).to(tl.int32)
-    row = document
-    begin = row * 0
-    length = tokens
-    if PACKED:
-        row = document * 0
-        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), begin), tokens)
-        length = (end - begin).to(tl.int32)
-    last = length
-    if SPLIT:
-        last = tl.minimum(length, first + segment_tokens)
-    chunks = tl.maximum(tl.cdiv(last - first, C), 0)
+    document, row, begin, length, first, last, chunks = segment_tokens_of(
+        segment, cu_seqlens, segment_document, segment_start, tokens, segment_tokens, per_row, C, PACKED, SPLIT
+    )
 
     rows = tl.maximum(length, 1)
     b_rows = tl.make_tensor_descriptor(b + row * b_n + begin * b_t + b_head * b_h, [rows, K], [b_t, 1], [C, BK])
@@ -177,20 +169,7 @@ def _sweep(
     log2_decay = decay * 1.4426950408889634
     begin_step = 0
     if FINAL == 2:
-        # Weights below 2^-149 are 0 in fp32: what lies further from where the state is read next is not read itself,
-        # nor what the last segment would add, which nobody reads.
-        heard = tl.minimum(150.0 / tl.maximum(-log2_decay, 1e-30), 1e9).to(tl.int32)
-        index = first // segment_tokens
-        if REVERSE:
-            beyond = first - index // part * part * segment_tokens
-            unread = index < part
-        else:
-            boundary = (index // part + 1) * part * segment_tokens
-            beyond = tl.minimum(boundary, length) - last
-            unread = boundary >= length
-        begin_step = tl.maximum(chunks - tl.maximum(heard - beyond + C - 1, 0) // C - 1, 0)
-        if unread | (beyond > heard):
-            begin_step = chunks
+        begin_step = _first_heard(first, last, length, chunks, segment_tokens, part, log2_decay, C, REVERSE)
     i = tl.arange(0, C)
     k_index = tl.arange(0, BK)
     v_index = v0 + tl.arange(0, BV)
@@ -218,8 +197,8 @@ def _sweep(
             q = a_rows.load([t, 0])
             p = tl.dot(bs, tl.trans(q)) * within
             since = to_end if REVERSE else i + 1
-            operand, unit = _operand(state, dtype)
-            y = tl.dot(operand, tl.trans(q)) * (tl.exp2(log2_decay * since) * (read_scale * unit))[None, :]
+            rounded, unit = operand(state, dtype)
+            y = tl.dot(rounded, tl.trans(q)) * (tl.exp2(log2_decay * since) * (read_scale * unit))[None, :]
             y = tl.dot(tl.trans(cs), p.to(dtype), y)
             out_rows.store([t, v0], tl.trans(y).to(out.dtype.element_ty))
         ahead = i + 1 if REVERSE else to_end
@@ -230,7 +209,7 @@ def _sweep(
         at = segment * final_n + h.to(tl.int64) * final_h
         tl.store(state_out + at + v_index[:, None] * final_v + k_index[None, :] * final_k, state, mask=inside)
     elif FINAL == 1:
-        ends = first == 0 if REVERSE else (last == length) & ((chunks > 0) | (first == 0))
+        ends = ends_document(first, last, length, chunks, REVERSE)
         if ends & (h % STATE_GROUP == 0) & (not second):
             at = document * final_n + (h // STATE_GROUP).to(tl.int64) * final_h
             tl.store(state_out + at + v_index[:, None] * final_v + k_index[None, :] * final_k, state, mask=inside)
@@ -272,13 +251,10 @@ def _scan_segments(
     h = tl.program_id(1)
     document = tl.program_id(2).to(tl.int64)
     inside = at < size
-    length = tokens
+    _, _, length = document_tokens(cu_seqlens, document, tokens, PACKED)
     begin = document * added_a_row
     begin_before = document * before_a_row
     if PACKED:
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), start), tokens)
-        length = (end - start).to(tl.int32)
         begin = tl.load(first_added + document).to(tl.int64)
         begin_before = tl.load(first_before + document).to(tl.int64)
     count = tl.maximum(tl.cdiv(length, segment_tokens), 1)

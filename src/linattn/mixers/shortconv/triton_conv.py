@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linattn.core.triton_parts import slot_of
+
 
 @triton.jit
 def _first_document(cu_seqlens, documents, token, STEPS: tl.constexpr):
@@ -65,6 +67,17 @@ def _rows_before(x, x_t, initial, initial_w, a, start, inside, W: tl.constexpr, 
 
 
 @triton.jit
+def _stretch(blocks, segments, segment_rows, tokens, channels, BD: tl.constexpr):
+    """This program's first row and the one behind its last, the batch row, its columns, and which of them exist."""
+    pid = tl.program_id(0)
+    lo = (pid // blocks) % segments * segment_rows
+    hi = tl.minimum(lo + segment_rows, tokens)
+    b = pid // (blocks * segments)
+    d = pid % blocks * BD + tl.arange(0, BD)
+    return lo, hi, b, d, d < channels
+
+
+@triton.jit
 def _taps(weight, weight_w, inside, W: tl.constexpr):
     taps = ()
     for i in tl.static_range(W):
@@ -114,12 +127,7 @@ def _conv_forward(
 
     U rows are fetched together, so that enough bytes are under way.
     """
-    pid = tl.program_id(0)
-    lo = (pid // blocks) % segments * segment_rows
-    hi = tl.minimum(lo + segment_rows, tokens)
-    b = pid // (blocks * segments)
-    d = pid % blocks * BD + tl.arange(0, BD)
-    inside = d < channels
+    lo, hi, b, d, inside = _stretch(blocks, segments, segment_rows, tokens, channels, BD)
     x_at = x + b.to(tl.int64) * x_n + d.to(tl.int64) * x_d
     gate_at = gate + b.to(tl.int64) * gate_n + d.to(tl.int64) * gate_d
     y_at = y + b.to(tl.int64) * tokens * channels + d
@@ -224,12 +232,7 @@ def _conv_backward(
     Row t of ds = dy gate act'(s) adds to dx of rows t-(w-1) to t; the first of these is then whole. So the walk goes
     w-1 rows past its own, and one that begins a document ends the rows before it too: the initial State's gradient.
     """
-    pid = tl.program_id(0)
-    lo = (pid // blocks) % segments * segment_rows
-    hi = tl.minimum(lo + segment_rows, tokens)
-    b = pid // (blocks * segments)
-    d = pid % blocks * BD + tl.arange(0, BD)
-    inside = d < channels
+    lo, hi, b, d, inside = _stretch(blocks, segments, segment_rows, tokens, channels, BD)
     x_at = x + b.to(tl.int64) * x_n + d.to(tl.int64) * x_d
     gate_at = gate + b.to(tl.int64) * gate_n + d.to(tl.int64) * gate_d
     dy_at = dy + b.to(tl.int64) * dy_n + d.to(tl.int64) * dy_d
@@ -311,7 +314,7 @@ def _conv_backward(
                     tl.store(place, value.to(d_initial.dtype.element_ty), mask=wanted & (row < start))
             t += U
         n = _next_document(cu_seqlens, n, stop, lo, hi, tokens, STEPS > 0)
-    partial += (pid // blocks).to(tl.int64) * (W + 1) * channels + d
+    partial += (tl.program_id(0) // blocks).to(tl.int64) * (W + 1) * channels + d
     for i in tl.static_range(W):
         tl.store(partial + i * channels, d_taps[i], mask=inside)
     tl.store(partial + W * channels, d_shift, mask=inside)
@@ -352,9 +355,7 @@ def _conv_step(
     pid = tl.program_id(0)
     block = pid % blocks
     row = (pid // blocks).to(tl.int64)
-    slot = tl.load(slots + row * slots_n).to(tl.int64)
-    alive = (slot >= 0) & (slot < n_slots)
-    slot = tl.where(alive, slot, 0)
+    alive, slot = slot_of(slots, row * slots_n, n_slots)
     d = block * BD + tl.arange(0, BD)
     inside = d < channels
     live = inside & alive

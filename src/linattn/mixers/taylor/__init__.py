@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe
+from linattn.core.dispatch import Backend, anything, choose, describe, remembered
 from linattn.core.mixer import Mixer
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
@@ -86,16 +86,16 @@ def taylor_attention(
     Raises:
         ValueError: a shape, dtype or value that does not fit, with the value and the fix.
     """
-    heads = check_attention("taylor_attention", q, k, v)
+    key, given = ("taylor_attention", normalize, backend), (q, k, v, cu_seqlens)
+    chosen = remembered(BACKENDS, key, given, lambda: _backend_for(*given, normalize, backend))
     check_scale("taylor_attention", scale)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
     if initial_state is not None:
-        rows, P = document_count(q.shape[0], cu_seqlens), n_features(q.shape[-1])
-        shapes = {"S": (rows, heads.state, P, v.shape[-1]), "z": (rows, heads.state, P)}
+        rows, H, P = document_count(q.shape[0], cu_seqlens), max(k.shape[2], v.shape[2]), n_features(q.shape[-1])
+        shapes = {"S": (rows, H, P, v.shape[-1]), "z": (rows, H, P)}
         check_state("taylor_attention", initial_state, shapes, q.device, sum_dtype(q.dtype))
-    call = describe("taylor_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}, normalize=normalize)
-    return choose(BACKENDS, call, backend).forward(
+    return chosen.forward(
         q,
         k,
         v,
@@ -105,6 +105,16 @@ def taylor_attention(
         cu_seqlens=cu_seqlens,
         return_state=return_state,
     )
+
+
+def _backend_for(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, normalize: bool, wanted: str | None
+) -> Backend:
+    check_attention("taylor_attention", q, k, v)
+    if cu_seqlens is not None:  # before it is described; the caller checks the values, which no signature holds
+        check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
+    call = describe("taylor_attention", {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}, normalize=normalize)
+    return choose(BACKENDS, call, wanted)
 
 
 def summarize(

@@ -6,48 +6,74 @@ Plain tensors in; what is launched and in which order stands in triton.py, which
 from __future__ import annotations
 
 import functools
+import operator
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from linattn.core import nvrtc
 from linattn.core.segments import Segments
-from linattn.mixers.taylor.chunked import TaylorState
 
 FOLDER = Path(__file__).parent / "kernels"
-FEATURE_DIM = 16
-VALUE_DIMS = range(32, 129, 16)
-KEY_CHUNK = 32
-"""Tokens a chunk of key_sweep.cu; value_sweep.cu's are V."""
+WIDE = {"value_sweep": range(64, 129, 16), "key_sweep": (64,)}
+"""The value dims at which a sweep's products with the state are wgmma's."""
 
 
-def threads_of(kernel: str, V: int) -> int:
-    """A block's threads: a warp for each 16 value columns, or for each pair of the 20 groups of products."""
-    return 2 * V if kernel == "value_sweep" else 320
+def is_wide(kernel: str, V: int, capability: tuple[int, int]) -> bool:
+    """Whether a sweep's products with the state are wgmma's, which four warps make at once: of 64 value columns."""
+    return capability == (9, 0) and V in WIDE[kernel]
 
 
-def shared_bytes(kernel: str, V: int, output: bool = True) -> int:
+def chunk_of(V: int, wide: bool) -> int:
+    """Tokens a chunk, 16 a warp: as many warps as value columns need, in whole fours if wide."""
+    return -(-V // 64) * 64 if wide else V
+
+
+def resident_of(V: int, output: bool, wide: bool) -> int:
+    """Blocks that a multiprocessor is to have room for: more of those that find sums alone."""
+    return 1 if V > 64 else 4 if wide and not output else 2
+
+
+def threads_of(V: int, wide: bool = False) -> int:
+    """A block's threads: a warp for each 16 tokens of a chunk."""
+    return 2 * chunk_of(V, wide)
+
+
+def shared_bytes(kernel: str, V: int, output: bool = True, wide: bool = False) -> int:
     """Dynamic shared memory of a block: `Shared` of the kernel."""
+    chunk = chunk_of(V, wide)
     if kernel == "value_sweep":
-        stage = 2 * V * ((2 if output else 1) * 24 + V + 8) + 8 * V
-        outputs = V // 16 * (5120 + 32 * (V + 8)) + 32 + 32 * 32 + 16 * 32 + 16 if output else 0
-        return 2 * stage + V // 16 * 5120 + outputs + 160 * 8
-    stage = 2 * (2 * KEY_CHUNK * 24 + 2 * KEY_CHUNK * (V + 8)) + 8 * KEY_CHUNK
-    parts = 4 * (10 * 16 * (KEY_CHUNK + 4) + 8 * 16 * 20 + KEY_CHUNK)
-    return 2 * (stage + parts) + 4 * 2 * 16 * 32
+        stage = 2 * chunk * ((2 if output else 1) * 24 + V + 8) + 8 * chunk
+        form = 2 * (8 * 32 * 4 + 16 * 4 + 4)
+        outputs = V // 16 * (5120 + 4) + chunk // 16 * 32 * (V + 8) + form if output else 0
+        sums = (1 if output else chunk // 16) * 12 * 32 * 4 + chunk // 16 * 4
+        return 2 * stage + chunk // 16 * 5120 + outputs + sums + 160 * 12 + 16
+    stages = (3 if V > 80 else 4) * (2 * V * (24 + V + 8) + 4 * V)
+    form = 2 * (12 * 32 * 4 + 4)
+    needed = stages + V // 16 * (2 * 5120 + 4) + 2048 + form + 160 * 8
+    return -(-needed // 16) * 16
+
+
+def block_bytes(V: int, capability: tuple[int, int]) -> int:
+    """Shared memory of the largest block that a call, with its gradients, launches on this capability."""
+    return max(shared_bytes(kernel, V, wide=is_wide(kernel, V, capability)) for kernel in WIDE)
 
 
 def defines_of(
     kernel: str, V: int, bf16: bool, flags: tuple[tuple[str, int], ...], capability: tuple[int, int]
 ) -> dict[str, int | str]:
     """What a kernel is compiled with. flags: the rest of what its head comment names."""
-    wide = kernel == "value_sweep" and V == 64 and capability == (9, 0)
+    wide = is_wide(kernel, V, capability)
     return {
         "V": V,
         "HALF_IS_BF16": int(bf16),
         "WIDE": int(wide),
+        "RESIDENT": resident_of(V, bool(dict(flags).get("OUTPUT", True)), wide),
         "ONES": "0x3f803f80u" if bf16 else "0x3c003c00u",
         **dict(flags),
     }
@@ -60,123 +86,116 @@ def loaded(kernel: str, V: int, bf16: bool, flags: tuple[tuple[str, int], ...], 
     with torch.cuda.device(device):
         capability = torch.cuda.get_device_capability(device)
         cubin = nvrtc.compile_kernel(sources, defines_of(kernel, V, bf16, flags, capability), capability)
-        shared = shared_bytes(kernel, V, bool(dict(flags).get("OUTPUT", True)))
-        return nvrtc.load_kernel(cubin, kernel, threads_of(kernel, V), shared)
+        wide = is_wide(kernel, V, capability)
+        shared = shared_bytes(kernel, V, bool(dict(flags).get("OUTPUT", True)), wide)
+        return nvrtc.load_kernel(cubin, kernel, threads_of(V, wide), shared)
 
 
-def _run(
+class Operands(NamedTuple):
+    """The tensors of one pass over the tokens: source (x, y), reader (r, w), what is written, states it starts from and
+    ends with (fp32 views [.., P, V] and [.., P], P and V contiguous), and how documents lie and are cut.
+
+    share, delta: [rows, heads, T] fp32, 1 / divisor and what every weight's gradient has in common.
+    """
+
+    x: Tensor
+    y: Tensor
+    r: Tensor | None
+    w: Tensor | None
+    out_y: Tensor | None
+    out_r: Tensor | None
+    share: Tensor | None
+    delta: Tensor | None
+    S_in: Tensor | None
+    z_in: Tensor | None
+    S_out: Tensor | None
+    z_out: Tensor | None
+    cu_seqlens: Tensor | None
+    document: Tensor | None
+    start: Tensor | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass is prepared for but for its operands' layouts. heads: of the pass; state_heads: of its states.
+
+    reverse: from the last token on. summary: what each segment adds to the state is put out, not where documents end.
+    """
+
+    heads: int
+    state_heads: int
+    scale: float
+    normalize: bool
+    reverse: bool = False
+    summary: bool = False
+
+
+ROWS = {"value_sweep": ("x", "y", "r", "out_y"), "key_sweep": ("x", "y", "r", "w", "out_r")}
+"""The operands of each kernel that have rows and heads, in its `Arguments`' order, what it writes last."""
+
+
+def prepared(operands: Operands, how: Pass, cut: Segments) -> Callable[[Operands], None]:
+    """What makes this pass on operands of these layouts: value_sweep.cu writes out_y or sums, key_sweep.cu out_r."""
+    for x in operands:
+        if x is not None and x.device != operands.x.device:
+            raise ValueError(f"all inputs must be on {operands.x.device}, cu_seqlens or a State is on {x.device}")
+    value, key = operands.out_r is None or operands.out_y is not None, operands.out_r is not None
+    runs = [_prepared("value_sweep", operands, how, cut, final=not key)] if value else []
+    runs += [_prepared("key_sweep", operands, how, cut)] if key else []
+    if len(runs) == 1:
+        return runs[0]
+
+    def run(operands: Operands) -> None:
+        for each in runs:
+            each(operands)
+
+    return run
+
+
+def _prepared(
+    kernel: str, operands: Operands, how: Pass, cut: Segments, *, final: bool = True
+) -> Callable[[Operands], None]:
+    """final: the state after each document or segment is this kernel's to write, where it is asked for."""
+    x, y, out = operands.x, operands.y, getattr(operands, ROWS[kernel][-1])
+    rows = [getattr(operands, name) for name in ROWS[kernel]]
+    flags = {
+        "REVERSE": how.reverse,
+        "NORMALIZE": how.normalize,
+        "PACKED": operands.cu_seqlens is not None,
+        "SPLIT": cut.per_row != 1,
+        "INITIAL": operands.S_in is not None,
+        "FINAL": 0 if operands.S_out is None or not final else 2 if how.summary else 1,
+    }
+    if kernel == "value_sweep":
+        flags |= {"SUMS": not how.reverse or out is None, "OUTPUT": out is not None}
+    strides = [s for t in rows for s in _strides(t, 3)] + _strides(operands.share, 2)
+    for S, z in ((operands.S_in, operands.z_in), (operands.S_out, operands.z_out)):
+        strides += _strides(S, 3) + _strides(z, 2)
+    groups = [1 if t is None else how.heads // t.shape[2] for t in rows[:-1]]
+    sizes = (x.shape[1], cut.tokens, cut.per_row, *groups, how.heads // how.state_heads)
+    rest = struct.pack(f"@{len(strides)}q{len(sizes)}if0q", *strides, *sizes, how.scale)
+    places = [Operands._fields.index(name) for name in (*ROWS[kernel], *Operands._fields[6:])]
+    pick, pack = operator.itemgetter(*places), struct.Struct(f"@{len(places)}P").pack
+    given = tuple((name, int(flag)) for name, flag in sorted(flags.items()))
+    launch = _launcher(kernel, y.shape[3], x.dtype == torch.bfloat16, given, (how.heads, cut.count), x.device)
+
+    def run(operands: Operands) -> None:
+        launch(pack(*[0 if t is None else t.data_ptr() for t in pick(operands)]) + rest)
+
+    return run
+
+
+def _launcher(
     kernel: str,
     V: int,
-    flags: dict[str, int],
-    heads: int,
-    cut: Segments,
-    like: Tensor,
-    fields: list[tuple[str, object]],
-) -> None:
-    kind = "".join(letter for letter, _ in fields)
-    arguments = struct.pack("@" + kind + "0q", *(value for _, value in fields))
-    made = loaded(kernel, V, like.dtype == torch.bfloat16, tuple(sorted(flags.items())), like.device)
-    nvrtc.launch_kernel(made, (heads, cut.count), arguments)
+    bf16: bool,
+    flags: tuple[tuple[str, int], ...],
+    grid: tuple[int, int],
+    device: torch.device,
+) -> Callable[[bytes], None]:
+    """What runs a kernel, compiled and loaded, on the bytes of its `Arguments`."""
+    return functools.partial(nvrtc.launch_kernel, loaded(kernel, V, bf16, flags, device), grid, device)
 
 
-def _pointers(*tensors: Tensor | None) -> list[tuple[str, object]]:
-    return [("P", 0 if x is None else x.data_ptr()) for x in tensors]
-
-
-def _strides(*tensors: Tensor | None) -> list[tuple[str, object]]:
-    return [("q", s) for x in tensors for s in (x.stride()[:3] if x is not None else (0, 0, 0))]
-
-
-def _state_strides(*states: TaylorState | None) -> list[tuple[str, object]]:
-    strides: list[tuple[str, object]] = []
-    for state in states:
-        sizes = (0,) * 5 if state is None else (*state.S.stride()[:3], *state.z.stride()[:2])
-        strides += [("q", s) for s in sizes]
-    return strides
-
-
-def _leaves(*states: TaylorState | None) -> list[Tensor | None]:
-    return [leaf for state in states for leaf in (state if state is not None else (None, None))]
-
-
-def value_sweep(
-    x: Tensor,
-    y: Tensor,
-    r: Tensor | None,
-    out: Tensor | None,
-    cut: Segments,
-    *,
-    heads: int,
-    state_heads: int,
-    scale: float,
-    normalize: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    share: Tensor | None,
-    delta: Tensor | None,
-    state_in: TaylorState | None,
-    state_out: TaylorState | None,
-    summary: bool = False,
-) -> None:
-    """Launch kernels/value_sweep.cu; its head comment says what of what. States: views of fp32, V and P contiguous."""
-    flags = {
-        "REVERSE": reverse,
-        "NORMALIZE": normalize,
-        "SUMS": not reverse or out is None,
-        "OUTPUT": out is not None,
-        "PACKED": cu_seqlens is not None,
-        "SPLIT": cut.per_row != 1,
-        "INITIAL": state_in is not None,
-        "FINAL": 0 if state_out is None else 2 if summary else 1,
-    }
-    sizes = (x.shape[1], cut.tokens, cut.per_row, heads // x.shape[2], heads // y.shape[2])
-    sizes += (heads // r.shape[2] if r is not None else 1, heads // state_heads)
-    fields = [
-        *_pointers(x, y, r, out, share, delta, *_leaves(state_in, state_out), cu_seqlens, cut.document, cut.start),
-        *_strides(x, y, r, out),
-        *(("q", s) for s in (share.stride()[:2] if share is not None else (0, 0))),
-        *_state_strides(state_in, state_out),
-        *(("i", n) for n in sizes),
-        ("f", scale),
-    ]
-    _run("value_sweep", y.shape[3], {n: int(f) for n, f in flags.items()}, heads, cut, x, fields)
-
-
-def key_sweep(
-    x: Tensor,
-    y: Tensor,
-    r: Tensor,
-    w: Tensor,
-    out: Tensor,
-    cut: Segments,
-    *,
-    heads: int,
-    state_heads: int,
-    scale: float,
-    normalize: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    share: Tensor | None,
-    delta: Tensor | None,
-    state_in: TaylorState | None,
-    state_out: TaylorState | None,
-) -> None:
-    """Launch kernels/key_sweep.cu; its head comment says what of what."""
-    flags = {
-        "REVERSE": reverse,
-        "NORMALIZE": normalize,
-        "PACKED": cu_seqlens is not None,
-        "SPLIT": cut.per_row != 1,
-        "INITIAL": state_in is not None,
-        "FINAL": state_out is not None,
-    }
-    sizes = (x.shape[1], cut.tokens, cut.per_row, *(heads // t.shape[2] for t in (x, y, r, w)), heads // state_heads)
-    fields = [
-        *_pointers(x, y, r, w, out, share, delta, *_leaves(state_in, state_out), cu_seqlens, cut.document, cut.start),
-        *_strides(x, y, r, w, out),
-        *(("q", s) for s in (share.stride()[:2] if share is not None else (0, 0))),
-        *_state_strides(state_in, state_out),
-        *(("i", n) for n in sizes),
-        ("f", scale),
-    ]
-    _run("key_sweep", y.shape[3], {n: int(f) for n, f in flags.items()}, heads, cut, x, fields)
+def _strides(x: Tensor | None, axes: int) -> list[int]:
+    return [0] * axes if x is None else list(x.stride()[:axes])

@@ -6,6 +6,7 @@ steps and everything but the sweeps (cuda.py, triton_sweep.py).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from linattn.core import nvrtc
 from linattn.core.dispatch import Call, plain
 from linattn.core.shapes import document_count
-from linattn.core.tiles import layout_refusals, machine_refusals
+from linattn.core.tiles import layout_refusals, machine_refusals, wants_grad
+from linattn.mixers.taylor import cuda
 from linattn.mixers.taylor.chunked import TaylorState, n_features
 
 MOST_ROWS = 60_000
@@ -38,7 +40,11 @@ def refuses_cuda(call: Call) -> list[str]:
     if F != CUDA_FEATURE_DIM:
         wrong.append(f"needs a feature dim of {CUDA_FEATURE_DIM}, got {F}")
     if V not in CUDA_VALUE_DIMS:
-        wrong.append(f"needs a value dim that is a multiple of 16 from 32 to 128, got {V}")
+        return [*wrong, f"needs a value dim that is a multiple of 16 from 32 to 128, got {V}"]
+    if call.capability is not None:
+        needed, limit = cuda.block_bytes(V, call.capability), nvrtc.block_bytes(call.capability)
+        if needed > limit:
+            wrong.append(f"needs {needed:,} bytes of shared memory at value dim {V}, this GPU gives a block {limit:,}")
     return wrong
 
 
@@ -66,6 +72,19 @@ def refuses(call: Call) -> list[str]:
     return wrong + layout_refusals(call, ("q", "k", "v"))
 
 
+@functools.cache
+def _kernels() -> Any:
+    from linattn.mixers.taylor import triton
+
+    return triton
+
+
+def _states(k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """S [rows, H, P, V] and z [rows, H, P], empty."""
+    sizes = rows, max(k.shape[2], v.shape[2]), n_features(k.shape[3])
+    return k.new_empty(*sizes, v.shape[3], dtype=torch.float32), k.new_empty(*sizes, dtype=torch.float32)
+
+
 @torch.library.custom_op("linattn::taylor_forward", mutates_args=())
 def taylor_forward(
     q: Tensor,
@@ -80,19 +99,18 @@ def taylor_forward(
     sweeps: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, Ho, V], the final S [N, H, P, V] and z [N, H, P] (of no rows unless asked for), and the divisor."""
-    from linattn.mixers.taylor import triton
-
-    return triton.forward(q, k, v, scale, normalize, S, z, cu_seqlens, return_state, sweeps)
+    o, S, z, share = _kernels().forward(q, k, v, scale, normalize, S, z, cu_seqlens, return_state, sweeps)
+    if S is None or z is None:
+        S, z = _states(k, v, 0)
+    return o, S, z, q.new_empty(q.shape[0], o.shape[2], 0, dtype=torch.float32) if share is None else share
 
 
 @taylor_forward.register_fake
 def _(q, k, v, scale, normalize, S, z, cu_seqlens, return_state, sweeps):
-    n_state, P = max(k.shape[2], v.shape[2]), n_features(k.shape[3])
-    heads, rows = max(q.shape[2], n_state), document_count(q.shape[0], cu_seqlens) if return_state else 0
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
     o = v.new_empty(q.shape[0], q.shape[1], heads, v.shape[3])
-    final = q.new_empty(rows, n_state, P, v.shape[3], dtype=torch.float32)
     share = q.new_empty(q.shape[0], heads, q.shape[1] if normalize else 0, dtype=torch.float32)
-    return o, final, q.new_empty(rows, n_state, P, dtype=torch.float32), share
+    return o, *_states(k, v, document_count(q.shape[0], cu_seqlens) if return_state else 0), share
 
 
 @torch.library.custom_op("linattn::taylor_backward", mutates_args=())
@@ -113,22 +131,20 @@ def taylor_backward(
     sweeps: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gradients of the initial S and z (of no rows where there is none)."""
-    from linattn.mixers.taylor import triton
-
-    return triton.backward(do, dS, dz, q, k, v, o, share, scale, normalize, S, z, cu_seqlens, sweeps)
+    found = _kernels().backward(do, dS, dz, q, k, v, o, share, scale, normalize, S, z, cu_seqlens, sweeps)
+    return (*found[:3], *_states(k, v, 0)) if S is None else found
 
 
 @taylor_backward.register_fake
 def _(do, dS, dz, q, k, v, o, share, scale, normalize, S, z, cu_seqlens, sweeps):
-    rows, heads, P = 0 if S is None else S.shape[0], max(k.shape[2], v.shape[2]), n_features(k.shape[3])
-    dS0 = q.new_empty(rows, heads, P, v.shape[3], dtype=torch.float32)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dS0, q.new_empty(rows, heads, P, dtype=torch.float32)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *_states(k, v, 0 if S is None else S.shape[0])
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, scale, normalize, S, z, cu_seqlens, _, sweeps = inputs
     o, _, _, share = output
-    ctx.save_for_backward(q, k, v, o, share, S, z, cu_seqlens)
+    # Of sums that are not divided, no gradient reads the output: v stands for it.
+    ctx.save_for_backward(q, k, v, o if normalize else v, share, S, z, cu_seqlens)
     ctx.settings = scale, normalize, sweeps
     ctx.set_materialize_grads(False)
 
@@ -154,33 +170,27 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        from linattn.mixers.taylor import triton
-
-        output = triton.forward(*inputs)
+        output = _kernels().forward(*inputs)
         _setup(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[3])
+        if output[3] is not None:
+            ctx.mark_non_differentiable(output[3])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dS: Tensor | None, dz: Tensor | None, _: Tensor | None) -> Any:
-        from linattn.mixers.taylor import triton
-
-        return _gradients(ctx, triton.backward, do, dS, dz)
+        return _gradients(ctx, _kernels().backward, do, dS, dz)
 
 
 @torch.library.custom_op("linattn::taylor_summarize", mutates_args=())
 def taylor_summarize(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sweeps: str) -> tuple[Tensor, Tensor]:
     """S [N, H, P, V] and z [N, H, P] of keys and values read from nothing."""
-    from linattn.mixers.taylor import triton
-
-    return triton.summarize(k, v, cu_seqlens, sweeps)
+    return _kernels().summarize(k, v, cu_seqlens, sweeps)
 
 
 @taylor_summarize.register_fake
 def _(k, v, cu_seqlens, sweeps):
-    sizes = document_count(k.shape[0], cu_seqlens), max(k.shape[2], v.shape[2]), n_features(k.shape[3])
-    return k.new_empty(*sizes, v.shape[3], dtype=torch.float32), k.new_empty(*sizes, dtype=torch.float32)
+    return _states(k, v, document_count(k.shape[0], cu_seqlens))
 
 
 def _setup_summary(ctx: Any, inputs: Any, output: Any) -> None:
@@ -232,9 +242,7 @@ def _forward(
     S0, z0 = (None, None) if initial_state is None else initial_state
     run: Any = taylor_forward
     if plain(q, k, v, S0, z0, cu_seqlens):
-        from linattn.mixers.taylor import triton
-
-        run = _Eager.apply if torch.is_grad_enabled() else triton.forward
+        run = _Eager.apply if wants_grad(q, k, v, S0, z0) else _kernels().forward
     o, S, z, _ = run(q, k, v, float(scale), normalize, S0, z0, cu_seqlens, return_state, sweeps)
     return o, TaylorState(S, z) if return_state else None
 

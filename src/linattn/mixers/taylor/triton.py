@@ -1,41 +1,58 @@
-"""Taylor attention, backend "triton": what operators.py runs on a GPU. Plain tensors in and out.
+"""Taylor attention, backends "cuda" and "triton": what operators.py runs on a GPU. Plain tensors in and out.
 
-The forward is one sweep, its gradients two (triton_sweep.py); how a call is tiled and cut in segments is `tile_for` and
-core/segments.py, whose cost model README.md in this folder writes down. Never run as a script.
+This file says which sweeps a call makes, over which segments (core/segments.py), and launches what they share.
+triton_sweep.py holds Triton's sweeps for any F, cuda.py launches those of kernels/*.cu for F = 16; the forward is one
+pass, its gradients two. README.md in this folder writes the cost model down. Never run as a script.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from linattn.core.dispatch import layout_of
 from linattn.core.segments import Segments, cut_segments
-from linattn.core.tiles import block_of, launch
+from linattn.core.tiles import Launch, aligned, block_of, gathered, gradient_of, launcher
 from linattn.mixers.taylor import cuda
 from linattn.mixers.taylor.chunked import TaylorState, n_features
+from linattn.mixers.taylor.cuda import Operands, Pass
 from linattn.mixers.taylor.triton_sweep import _delta, _scan_segments, _sweep
 
 AGAIN = 0.4
 """What finding the segments' states costs over the pass itself: two of its five kinds of product."""
+PARTS = 2
+"""In how many parts cuda.py's sweeps sum a segment up, by a program each: twice as many fit without outputs."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a program is built: tokens a chunk, warps, load stages, programs on an SM, least columns of (x, 1, 0, ..)."""
+    """How a program is built: tokens a chunk, warps, load stages, programs on an SM, least columns of (x, 1, 0, ..).
+
+    parts: in how many a segment is summed up.
+    """
 
     chunk: int
     warps: int
     stages: int
     resident: int
     linear: int = 32
+    parts: int = 1
 
 
 def tile_for(F: int, V: int) -> Tile:
     """The tile of every sweep. On an H200 (F 16, V 64) two load stages took 1.27 ms where one took 1.14."""
     return Tile(64, 4, 1, 2) if V <= 64 and F <= 16 else Tile(64, 8, 1, 1)
+
+
+def cuda_tile(V: int, output: bool = True) -> Tile:
+    """What of a tile cuda.py's sweeps have on capability 9.0. output: whether there is any, or sums are found alone."""
+    few = V <= 64
+    return Tile(64 if few else 128, 0, 0, cuda.resident_of(V, output, True), parts=PARTS if few and output else 1)
 
 
 def blocks_of(F: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -50,18 +67,52 @@ def empty_states(like: Tensor, rows: int, heads: int, P: int, V: int) -> tuple[T
     return buffer, TaylorState(buffer[..., : P * V].unflatten(-1, (P, V)), buffer[..., P * V :])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What calls on tensors of one layout share: sizes, how rows are cut, and the passes by name.
+
+    cut: None where documents are packed, whose lengths are on the device. passes: each is prepared when it first runs.
+    """
+
+    documents: int
+    heads: int
+    state_heads: int
+    scale: float
+    normalize: bool
+    sweeps: str
+    tile: Tile
+    cut: Segments | None
+    segments: int | None
+    passes: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+
+
+@functools.lru_cache(4096)
+def plan_of(
+    layout: tuple[Any, ...], scale: float, normalize: bool, sweeps: str, tile: Tile | None, segments: int | None
+) -> Plan:
+    """The plan of calls whose first four tensors are q, k, v and cu_seqlens; layout: all that they read.
+
+    tile, segments: to be taken instead of `tile_for`'s, and of as many a row as the cost model says.
+    """
+    q, k, v, packed = layout[:4]
+    (B, T, Hq, F), V, device = q[0], v[0][3], q[3]
+    documents, state_heads = B if packed is None else packed[0][0] - 1, max(k[0][2], v[0][2])
+    tile = tile or (cuda_tile(V) if sweeps == "cuda" else tile_for(F, V))
+    plan = Plan(documents, max(Hq, state_heads), state_heads, scale, normalize, sweeps, tile, None, segments)
+    return plan if packed is not None else replace(plan, cut=_cut(B, T, plan.heads, tile, None, device, segments))
+
+
 def sweep(
+    plan: Plan,
+    name: str,
+    cut: Segments,
     x: Tensor,
     y: Tensor,
-    r: Tensor | None,
-    w: Tensor | None,
-    tile: Tile,
-    cut: Segments,
+    r: Tensor | None = None,
+    w: Tensor | None = None,
     *,
-    heads: int,
-    scale: float,
-    normalize: bool,
     cu_seqlens: Tensor | None,
+    heads: int,
     state_heads: int,
     out_y: Tensor | None = None,
     out_r: Tensor | None = None,
@@ -72,82 +123,115 @@ def sweep(
     state_out: TaylorState | None = None,
     summary: bool = False,
 ) -> None:
-    """Launch `_sweep`: source (x, y), reader (r, w), in `_sweep`'s terms. share, delta: [rows, heads, T] fp32."""
-    F, V = x.shape[-1], y.shape[-1]
-    given = [t if t is not None else x for t in (x, y, r, w, out_y, out_r)]
-    dummy = y.new_empty(0, dtype=torch.float32) if share is None and state_in is None and state_out is None else None
-    spare = next(t for t in (share, state_in and state_in.S, state_out and state_out.S, dummy) if t is not None)
-    states = [state_in or TaylorState(spare, spare), state_out or TaylorState(spare, spare)]
-    indices = [t if t is not None else spare for t in (cu_seqlens, cut.document, cut.start)]
-    tensors = [
-        *given,
-        *(t if t is not None else spare for t in (share, delta)),
-        *(t for state in states for t in (state.S, state.z)),
-        *indices,
-    ]
-    numbers = [scale, x.shape[1], cut.tokens, cut.per_row]
+    """One pass by the plan's sweeps: source (x, y), reader (r, w), in `Operands`' and `Pass`'s terms.
+
+    name: what the plan keeps the pass under; everything but the tensors' addresses must follow from plan and name.
+    """
+    (S_in, z_in), (S_out, z_out) = state_in or _NO_STATE, state_out or _NO_STATE
+    leaves = (S_in, z_in, S_out, z_out)
+    operands = Operands(x, y, r, w, out_y, out_r, share, delta, *leaves, cu_seqlens, cut.document, cut.start)
+    run = plan.passes.get(name)
+    if run is None:
+        how = Pass(heads, state_heads, plan.scale, plan.normalize, reverse, summary)
+        made = cuda.prepared(operands, how, cut) if plan.sweeps == "cuda" else _prepared(operands, how, cut, plan.tile)
+        run = plan.passes[name] = made
+    run(operands)
+
+
+_NO_STATE = (None, None)
+
+
+def _prepared(operands: Operands, how: Pass, cut: Segments, tile: Tile) -> Callable[[Operands], None]:
+    """What launches `_sweep` on operands of these layouts; where there is none, x stands and is not read."""
+    x, heads = operands.x, how.heads
+    F, V = x.shape[-1], operands.y.shape[-1]
+    numbers = [how.scale, x.shape[1], cut.tokens, cut.per_row]
+    given = [x if t is None else t for t in operands[:6]]
     for t in given:
         numbers += t.stride()[:3]
-    numbers += share.stride()[:2] if share is not None else (0, 0)
-    for state, asked in zip(states, (state_in, state_out), strict=True):
-        numbers += (*state.S.stride(), *state.z.stride()[:2]) if asked is not None else (0,) * 6
-    left, right = blocks_of(F)
+    numbers += (0, 0) if operands.share is None else operands.share.stride()[:2]
+    for S, z in ((operands.S_in, operands.z_in), (operands.S_out, operands.z_out)):
+        numbers += (0,) * 6 if S is None or z is None else (*S.stride(), *z.stride()[:2])
     constants = (
         F,
         max(tile.linear, block_of(F + 1)),
         V,
         max(block_of(V), 64),
         tile.chunk,
-        left,
-        right,
+        *blocks_of(F),
         *(heads // t.shape[2] for t in given[:4]),
-        heads // state_heads,
-        reverse,
-        normalize,
-        out_y is not None,
-        out_r is not None,
-        cu_seqlens is not None,
+        heads // how.state_heads,
+        how.reverse,
+        how.normalize,
+        operands.out_y is not None,
+        operands.out_r is not None,
+        operands.cu_seqlens is not None,
         cut.per_row != 1,
-        state_in is not None,
-        0 if state_out is None else 2 if summary else 1,
+        operands.S_in is not None,
+        0 if operands.S_out is None else 2 if how.summary else 1,
         tile.stages,
     )
-    launch(_sweep, (heads, cut.count, 1), tensors, numbers, constants, warps=tile.warps)
+    launched = launcher(_sweep, (heads, cut.count, 1), numbers, constants, tile.warps)
+
+    def run(operands: Operands) -> None:
+        x = operands.x
+        launched([x if t is None else t for t in operands])
+
+    return run
 
 
 def states_before(
+    plan: Plan,
+    cut: Segments,
     x: Tensor,
     y: Tensor,
-    tile: Tile,
-    cut: Segments,
+    initial: TaylorState | None,
+    cu_seqlens: Tensor | None,
     *,
     heads: int,
-    documents: int,
-    initial: TaylorState | None,
-    sweeps: str,
-    **common: Any,
+    reverse: bool = False,
+    **weights: Any,
 ) -> TaylorState | None:
-    """The state before each segment (in reverse: behind it); the initial one itself where nothing is cut."""
+    """The state before each segment (in reverse: behind it); the initial one itself where nothing is cut.
+
+    weights: the source's share and delta.
+    """
     if cut.fine is None:
         return initial
-    P, V, reverse, cu_seqlens = n_features(x.shape[-1]), y.shape[-1], common.get("reverse", False), common["cu_seqlens"]
+    P, V = n_features(x.shape[-1]), y.shape[-1]
     added, out = empty_states(x, cut.fine.count, heads, P, V)
-    common |= {"heads": heads, "state_heads": heads, "state_in": None, "state_out": out, "summary": True}
-    if sweeps == "cuda":
-        sums = {"share": None, "delta": None, "reverse": False} | common
-        cuda.value_sweep(x, y, None, None, cut.fine, **sums)
-    else:
-        sweep(x, y, None, None, tile, cut.fine, **common)
+    sizes: dict[str, Any] = {"heads": heads, "state_heads": heads, "reverse": reverse, "summary": True}
+    sweep(plan, f"add{reverse}", cut.fine, x, y, cu_seqlens=cu_seqlens, state_out=out, **sizes, **weights)
     before, views = empty_states(x, cut.count, heads, P, V)
-    block = 1024
-    S, z = (added, added) if initial is None else (initial.S, initial.z)
-    given = [t if t is not None else added for t in (cu_seqlens, cut.first)]
-    numbers = (x.shape[1], cut.tokens, cut.per_row, heads, P * V + P, P * V, *S.stride()[:2], *z.stride()[:2])
-    group = 1 if initial is None else heads // initial.S.shape[1]
-    constants = (reverse, cu_seqlens is not None, initial is not None, group, block)
-    grid = (-(-(P * V + P) // block), heads, documents)
-    launch(_scan_segments, grid, [added, before, S, z, *given], numbers, constants, warps=4)
+    name = f"scan{reverse}"
+    run = plan.passes.get(name)
+    if run is None:
+        sizes = {"tokens": x.shape[1], "heads": heads, "P": P, "V": V}
+        run = plan.passes[name] = _scan_launcher(plan, cut, initial, cu_seqlens is not None, reverse, **sizes)
+    S, z = initial or _NO_STATE
+    run([added if t is None else t for t in (added, before, S, z, cu_seqlens, cut.first, cut.fine.first)])
     return views
+
+
+def _scan_launcher(
+    plan: Plan,
+    cut: Segments,
+    initial: TaylorState | None,
+    packed: bool,
+    reverse: bool,
+    *,
+    tokens: int,
+    heads: int,
+    P: int,
+    V: int,
+) -> Launch:
+    fine, size, block = cut.fine, P * V + P, 1024
+    assert fine is not None
+    strides = (0,) * 4 if initial is None else (*initial.S.stride()[:2], *initial.z.stride()[:2])
+    numbers = (tokens, cut.tokens, cut.per_row, fine.per_row, heads, size, P * V, *strides)
+    group = 1 if initial is None else heads // initial.S.shape[1]
+    constants = (cut.tokens // fine.tokens, reverse, packed, initial is not None, group, block)
+    return launcher(_scan_segments, (-(-size // block), heads, plan.documents), numbers, constants, 4)
 
 
 def forward(
@@ -163,35 +247,34 @@ def forward(
     sweeps: str = "triton",
     tile: Tile | None = None,
     segments: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o [B, T, Ho, V], the final S [N, H, P, V] and z [N, H, P] (of no rows when not asked for), share [B, Ho, T]."""
-    B, T, F, V = *q.shape[:2], q.shape[3], v.shape[3]
-    n_state = max(k.shape[2], v.shape[2])
-    heads, P = max(q.shape[2], n_state), n_features(F)
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """o [B, T, Ho, V], the final S [N, H, P, V] and z [N, H, P], and share [B, Ho, T], 1 / divisor.
+
+    S and z are None unless asked for, and share is where nothing is divided.
+    """
+    (B, T, Hq, F), V, n_state = q.shape, v.shape[3], max(k.shape[2], v.shape[2])
+    heads, P = max(Hq, n_state), n_features(F)
     documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
     o = v.new_empty(B, T, heads, V)
-    rows = documents if return_state else 0
-    S = q.new_empty(rows, n_state, P, V, dtype=torch.float32)
-    z = q.new_empty(rows, n_state, P, dtype=torch.float32)
-    share = q.new_empty(B, heads, T if normalize else 0, dtype=torch.float32)
+    share = q.new_empty(B, heads, T, dtype=torch.float32) if normalize else None
+    S = z = final = None
+    if return_state:
+        S = q.new_empty(documents, n_state, P, V, dtype=torch.float32)
+        z = q.new_empty(documents, n_state, P, dtype=torch.float32)
+        final = TaylorState(S, z)
     if T == 0:
-        if S0 is None or z0 is None or not return_state:
-            return o, S.zero_(), z.zero_(), share
-        return o, S.copy_(S0), z.copy_(z0), share
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        for x, x0 in zip(final or (), (S0, z0), strict=False):
+            x.zero_() if x0 is None else x.copy_(x0)
+        return o, S, z, share
+    q, k, v, cu_seqlens = aligned(q), aligned(k), aligned(v), _offsets(cu_seqlens)
     initial = _sums(S0, z0)
-    tile = tile or tile_for(F, V)
-    cut = _cut(B, T, heads, tile, cu_seqlens, q.device, segments)
-    common: dict[str, Any] = {"scale": scale, "normalize": normalize, "cu_seqlens": cu_seqlens}
-    before = states_before(
-        k, v, tile, cut, heads=n_state, documents=documents, initial=initial, sweeps=sweeps, **common
-    )
-    common |= {"heads": heads, "state_heads": n_state, "share": share if normalize else None, "delta": None}
-    common |= {"state_in": before, "state_out": TaylorState(S, z) if return_state else None, "reverse": False}
-    if sweeps == "cuda":
-        cuda.value_sweep(k, v, q, o, cut, **common)
-    else:
-        sweep(k, v, q, None, tile, cut, out_y=o, **common)
+    plan = plan_of(layout_of(q, k, v, cu_seqlens, *(initial or _NO_STATE)), scale, normalize, sweeps, tile, segments)
+    cut = plan.cut or _cut(B, T, heads, plan.tile, cu_seqlens, q.device, segments)
+    before = states_before(plan, cut, k, v, initial, cu_seqlens, heads=n_state)
+    sizes: dict[str, Any] = {"heads": heads, "state_heads": n_state}
+    states: dict[str, Any] = {"state_in": before, "state_out": final}
+    name = "y" if final is None else "y and state"
+    sweep(plan, name, cut, k, v, q, cu_seqlens=cu_seqlens, out_y=o, share=share, **sizes, **states)
     return o, S, z, share
 
 
@@ -199,24 +282,20 @@ def summarize(
     k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sweeps: str = "triton", segments: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """S [N, H, P, V] and z [N, H, P] of keys and values read from nothing: rows are split over the SMs and added up."""
-    B, T, F, V = *k.shape[:2], k.shape[3], v.shape[3]
-    heads, P = max(k.shape[2], v.shape[2]), n_features(F)
+    (B, T, Hk, F), Hv, V = k.shape, v.shape[2], v.shape[3]
+    heads, P = max(Hk, Hv), n_features(F)
     documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
     if T == 0:
-        return k.new_zeros(documents, heads, P, V, dtype=torch.float32), k.new_zeros(
-            documents, heads, P, dtype=torch.float32
-        )
-    k, v = _aligned(k), _aligned(v)
-    tile = tile_for(F, V)
-    cut = _cut(B, T, heads, tile, None, k.device, segments) if cu_seqlens is None else Segments(documents, T, 1)
+        zeros = [k.new_zeros(documents, heads, *sizes, dtype=torch.float32) for sizes in ((P, V), (P,))]
+        return zeros[0], zeros[1]
+    k, v, cu_seqlens = aligned(k), aligned(v), _offsets(cu_seqlens)
+    tile = cuda_tile(V, output=False) if sweeps == "cuda" else None
+    plan = plan_of(layout_of(k, k, v, cu_seqlens), 1.0, False, sweeps, tile, segments)
+    cut = plan.cut or Segments(documents, T, 1)
     rows = cut if cut.fine is None else cut.fine
     buffer, out = empty_states(k, rows.count, heads, P, V)
-    common: dict[str, Any] = {"heads": heads, "state_heads": heads, "scale": 1.0, "normalize": False}
-    common |= {"cu_seqlens": cu_seqlens, "state_in": None, "state_out": out, "summary": True}
-    if sweeps == "cuda":
-        cuda.value_sweep(k, v, None, None, rows, share=None, delta=None, reverse=False, **common)
-    else:
-        sweep(k, v, None, None, tile, rows, **common)
+    sizes: dict[str, Any] = {"heads": heads, "state_heads": heads}
+    sweep(plan, "summary", rows, k, v, cu_seqlens=cu_seqlens, state_out=out, summary=True, **sizes)
     if cut.per_row != 1:
         buffer = buffer.unflatten(0, (B, -1)).sum(1)
     return buffer[..., : P * V].unflatten(-1, (P, V)).contiguous(), buffer[..., P * V :].contiguous()
@@ -230,7 +309,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    share: Tensor,
+    share: Tensor | None,
     scale: float,
     normalize: bool,
     S0: Tensor | None,
@@ -239,105 +318,90 @@ def backward(
     sweeps: str = "triton",
     tile: Tile | None = None,
     segments: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and the gradients of S0 and z0 (of no rows when there is none)."""
-    B, T, F, V = *q.shape[:2], q.shape[3], v.shape[3]
-    n_state = max(k.shape[2], v.shape[2])
-    heads, P = max(q.shape[2], n_state), n_features(F)
-    documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    rows = documents if S0 is not None else 0
-    dS0 = q.new_empty(rows, heads, P, V, dtype=torch.float32)
-    dz0 = q.new_empty(rows, heads, P, dtype=torch.float32)
-    group = heads // n_state
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, and the gradients of S0 and z0 (None where there is none)."""
+    (B, T, Hq, F), V, n_state = q.shape, v.shape[3], max(k.shape[2], v.shape[2])
     if T == 0:
-        dS0, dz0 = dS0[:, :n_state].zero_(), dz0[:, :n_state].zero_()
-        if S0 is not None and dS is not None:
-            dS0.copy_(dS)
-        if S0 is not None and dz is not None:
-            dz0.copy_(dz)
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dS0, dz0
-    through_outputs = do is not None
-    do = q.new_zeros(B, T, heads, V) if do is None else _aligned(do)
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    delta = None
+        return _nothing_read(dS, dz, q, k, v, S0, z0)
+    heads, P, through_outputs = max(Hq, n_state), n_features(F), do is not None
+    documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    do = q.new_zeros(B, T, heads, V) if do is None else aligned(do)
+    q, k, v, cu_seqlens = aligned(q), aligned(k), aligned(v), _offsets(cu_seqlens)
+    initial, seed = _sums(S0, z0), _seed(dS, dz, documents, n_state, heads, P, V)
+    layout = layout_of(q, k, v, cu_seqlens, do, o, share, *(initial or _NO_STATE), *(seed or _NO_STATE))
+    plan = plan_of(layout, scale, normalize, sweeps, tile, segments)
+    cut = plan.cut or _cut(B, T, heads, plan.tile, cu_seqlens, q.device, segments)
+    dq, dk, dv = (gradient_of(x, heads, None if sweeps == "cuda" else torch.float32) for x in (q, k, v))
+    common: dict[str, Any] = {"cu_seqlens": cu_seqlens, "heads": heads}
     if normalize:
-        delta = torch.empty_like(share)
-        block = 64
-        numbers = (B, heads, *do.stride()[:3], *o.stride()[:3], T)
-        grid = (-(-T // block), heads, B)
-        launch(_delta, grid, (do, o, delta), numbers, (V, max(16, block_of(V)), block), warps=4)
-    seed = None
-    if dS is not None or dz is not None:
-        # The heads that share a State share its gradient: the first of them carries it.
-        like = dS if dS is not None else dz
-        assert like is not None
-        seed = TaylorState(like.new_zeros(documents, heads, P, V), like.new_zeros(documents, heads, P))
-        if dS is not None:
-            seed.S[:, ::group] = dS
-        if dz is not None:
-            seed.z[:, ::group] = dz
-    sums_dtype = torch.float32 if sweeps == "triton" else None
-    grads = [_gradient(x, heads, sums_dtype) for x in (q, k, v)]
-    common: dict[str, Any] = {"scale": scale, "normalize": normalize, "cu_seqlens": cu_seqlens}
-    tile = tile or tile_for(F, V)
-    cut = _cut(B, T, heads, tile, cu_seqlens, q.device, segments)
-    sums: dict[str, Any] = {"share": share if normalize else None, "delta": delta, "heads": heads}
+        assert share is not None
+        common |= {"share": share, "delta": _delta_of(plan, do, o, share)}
     if through_outputs:
-        initial = _sums(S0, z0)
-        before = states_before(
-            k, v, tile, cut, heads=n_state, documents=documents, initial=initial, sweeps=sweeps, **common
-        )
-        reads = {"state_heads": n_state, "state_in": before, "state_out": None, "reverse": False} | sums | common
-        if sweeps == "cuda":
-            cuda.key_sweep(k, v, q, do, grads[0], cut, **reads)
-        else:
-            sweep(k, v, q, do, tile, cut, out_r=grads[0], **reads)
+        before = states_before(plan, cut, k, v, initial, cu_seqlens, heads=n_state)
+        sweep(plan, "dq", cut, k, v, q, do, out_r=dq, state_in=before, state_heads=n_state, **common)
     else:
-        grads[0].zero_()
-    common |= {"reverse": True}
-    behind = states_before(q, do, tile, cut, documents=documents, initial=seed, sweeps=sweeps, **common, **sums)
-    common |= {"state_heads": heads, "state_in": behind, **sums}
-    first = TaylorState(dS0, dz0) if S0 is not None else None
-    if sweeps == "cuda":
-        cuda.value_sweep(q, do, k, grads[2], cut, state_out=None, **common)
-        cuda.key_sweep(q, do, k, v, grads[1], cut, state_out=first, **common)
-    else:
-        sweep(q, do, k, v, tile, cut, out_y=grads[2], out_r=grads[1], state_out=first, **common)
-    dq, dk, dv = (_gathered(g, x) for g, x in zip(grads, (q, k, v), strict=True))
-    if group > 1:
-        dS0, dz0 = (x.unflatten(1, (n_state, group)).sum(2) for x in (dS0, dz0))
-    return dq, dk, dv, dS0, dz0
+        dq.zero_()
+    behind = states_before(plan, cut, q, do, seed, reverse=True, **common)
+    # A State's gradient is summed over the heads that read it, so here every head has a state of its own.
+    first = None
+    if S0 is not None:
+        sizes = (documents, heads, P)
+        first = TaylorState(*(q.new_empty(x, dtype=torch.float32) for x in ((*sizes, V), sizes)))
+    states: dict[str, Any] = {"state_in": behind, "state_out": first, "state_heads": heads}
+    sweep(plan, "dk, dv", cut, q, do, k, v, out_y=dv, out_r=dk, reverse=True, **states, **common)
+    dS0, dz0 = first or _NO_STATE
+    if first is not None and heads > n_state:
+        dS0, dz0 = (x.unflatten(1, (n_state, -1)).sum(2) for x in first)
+    return gathered(dq, q), gathered(dk, k), gathered(dv, v), dS0, dz0
+
+
+def _nothing_read(
+    dS: Tensor | None, dz: Tensor | None, q: Tensor, k: Tensor, v: Tensor, S0: Tensor | None, z0: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`backward` of a call on no tokens, whose final State is the initial one."""
+    given = ((S0, dS), (z0, dz))
+    dS0, dz0 = (None if x is None else torch.zeros_like(x) if d is None else d.clone() for x, d in given)
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dS0, dz0
+
+
+def _delta_of(plan: Plan, do: Tensor, o: Tensor, share: Tensor) -> Tensor:
+    """do . o of every output, [B, H, T] like ``share``: what all gradients of one token's weights have in common."""
+    delta = torch.empty_like(share)
+    run = plan.passes.get("delta")
+    if run is None:
+        (B, T, heads, V), block = do.shape, 64
+        numbers = (B, heads, *do.stride()[:3], *o.stride()[:3], T)
+        constants = (V, max(16, block_of(V)), block)
+        run = plan.passes["delta"] = launcher(_delta, (-(-T // block), heads, B), numbers, constants, 4)
+    run((do, o, delta))
+    return delta
+
+
+def _seed(
+    dS: Tensor | None, dz: Tensor | None, documents: int, n_state: int, heads: int, P: int, V: int
+) -> TaylorState | None:
+    """The final State's gradient, which the heads that share a State share: the first of them carries it."""
+    like = dS if dS is not None else dz
+    if like is None:
+        return None
+    seed = TaylorState(like.new_zeros(documents, heads, P, V), like.new_zeros(documents, heads, P))
+    for leaf, gradient in zip(seed, (dS, dz), strict=True):
+        if gradient is not None:
+            leaf[:, :: heads // n_state] = gradient
+    return seed
 
 
 def _cut(
     rows: int, tokens: int, heads: int, tile: Tile, cu_seqlens: Tensor | None, device: torch.device, n: int | None
 ) -> Segments:
-    return cut_segments(
-        rows, tokens, heads, tile.resident, tile.chunk, cu_seqlens, device, again=AGAIN, shortest=512, segments=n
-    )
+    settings: dict[str, Any] = {"again": AGAIN, "parts": tile.parts, "shortest": 512, "segments": n}
+    return cut_segments(rows, tokens, heads, tile.resident, tile.chunk, cu_seqlens, device, **settings)
 
 
 def _sums(S: Tensor | None, z: Tensor | None) -> TaylorState | None:
     return None if S is None or z is None else TaylorState(S.float().contiguous(), z.float().contiguous())
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` itself, or a copy where its rows cannot be fetched in pieces of 16 bytes.
-
-    An expanded gradient is such, and a view that begins off 16 bytes, which strides do not tell `refuses`.
-    """
-    outer = x.stride()[:3]
-    fits = x.stride(3) == 1 and all(s % 8 == 0 for s in outer) and outer[1] > 0 and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
-
-
-def _gradient(x: Tensor, heads: int, dtype: torch.dtype | None) -> Tensor:
-    """Where a sweep writes the gradient of x: in ``dtype`` a head where several heads share x's, to be summed then."""
-    same = x.shape[2] == heads or dtype is None
-    return torch.empty(*x.shape[:2], heads, x.shape[3], device=x.device, dtype=x.dtype if same else dtype)
-
-
-def _gathered(gradient: Tensor, x: Tensor) -> Tensor:
-    if gradient.shape[2] == x.shape[2]:
-        return gradient
-    return gradient.unflatten(2, (x.shape[2], -1)).sum(3, dtype=torch.float32).to(x.dtype)
+def _offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Documents' offsets as cuda.py's kernels read them."""
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int32)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linattn.core.tiles import block_of, launch
+from linattn.core.triton_parts import slot_of
 
 
 @triton.jit
@@ -47,6 +48,23 @@ def _features(x, scale, j, other, kind):
     left = tl.where(kind == 3, 1.0, left * scale)
     right = tl.where(kind == 1, right * scale, 1.0)
     return tl.where(kind == 0, 0.0, left * right * square)
+
+
+@triton.jit
+def _read_by_each(y, q, q_h, scale, h, reader, state, j, other, kind, Q_GROUP: tl.constexpr, READERS: tl.constexpr):
+    """y [readers, BV] and what each of the heads that share a State reads of a block of its rows."""
+    for r in tl.static_range(READERS):
+        query = _features(q + ((h * READERS + r) // Q_GROUP) * q_h, scale, j, other, kind)
+        y += tl.where((reader == r)[:, None], tl.sum(query[:, None] * state, 0)[None, :], 0.0)
+    return y
+
+
+@triton.jit
+def _write(out, y, row, heads, h, reader, c, alive, V: tl.constexpr, READERS: tl.constexpr):
+    """y of the heads that read State h of a row; an idle row's is 0."""
+    outs = out + ((row * heads + h) * READERS + reader)[:, None] * V + c[None, :]
+    written = (reader < READERS)[:, None] & (c < V)[None, :]
+    tl.store(outs, tl.where(alive, y, 0.0).to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -90,9 +108,7 @@ def _step(
     """Grid (state heads, rows). READERS output heads read one State; out [rows, heads * READERS, V]."""
     h = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots + row).to(tl.int64)
-    alive = (slot >= 0) & (slot < n_slots)
-    slot = tl.where(alive, slot, 0)
+    alive, slot = slot_of(slots, row, n_slots)
     S += slot * S_n + h.to(tl.int64) * S_h
     z += slot * z_n + h * z_h
     k += row * k_n + (h // K_GROUP) * k_h
@@ -122,9 +138,7 @@ def _step(
             query = _features(q + (h // Q_GROUP) * q_h, scale, j, other, kind)
             parts += tl.sum(tl.reshape(query[:, None] * state, (SHIFTS * BF // PARTS, PARTS, BV)), 0)
         else:
-            for r in tl.static_range(READERS):
-                query = _features(q + ((h * READERS + r) // Q_GROUP) * q_h, scale, j, other, kind)
-                y += tl.where((reader == r)[:, None], tl.sum(query[:, None] * state, 0)[None, :], 0.0)
+            y = _read_by_each(y, q, q_h, scale, h, reader, state, j, other, kind, Q_GROUP, READERS)
     if READERS == 1:
         y += tl.sum(parts, 0)[None, :]
     total += _features(k, 1.0, j_z, other_z, kind_z)
@@ -137,9 +151,7 @@ def _step(
     # More threads than features: warps hold the same ones, and all must have read before one writes.
     tl.debug_barrier()
     tl.store(z + place_z, total, mask=inside_z)
-    outs = out + ((row * heads + h) * READERS + reader)[:, None] * V + c[None, :]
-    written = (reader < READERS)[:, None] & (c < V)[None, :]
-    tl.store(outs, tl.where(alive, y, 0.0).to(out.dtype.element_ty), mask=written)
+    _write(out, y, row, heads, h, reader, c, alive, V, READERS)
 
 
 FEW_PROGRAMS = 256

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from linattn.core.tiles import launch
-from linattn.mixers.taylor.triton_step import _features, _place, prepared, strides_of
+from linattn.core.triton_parts import slot_of
+from linattn.mixers.taylor.triton_step import _features, _place, _read_by_each, _write, prepared, strides_of
 
 
 @triton.jit
@@ -66,9 +67,7 @@ def _step_deferred(
     """As `_step`, but S is only read until a slot has C tokens beside it, which then join it in one pass."""
     h = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots + row).to(tl.int64)
-    alive = (slot >= 0) & (slot < n_slots)
-    slot = tl.where(alive, slot, 0)
+    alive, slot = slot_of(slots, row, n_slots)
     S += slot * S_n + h.to(tl.int64) * S_h
     copy += slot * copy_n + h.to(tl.int64) * copy_h
     z += slot * z_n + h * z_h
@@ -129,16 +128,12 @@ def _step_deferred(
         if READERS == 1:
             parts += _features(q + (h // Q_GROUP) * q_h, scale, j, other, kind)[:, None] * state
         else:
-            for r in tl.static_range(READERS):
-                query = _features(q + ((h * READERS + r) // Q_GROUP) * q_h, scale, j, other, kind)
-                y += tl.where((reader == r)[:, None], tl.sum(query[:, None] * state, 0)[None, :], 0.0)
+            y = _read_by_each(y, q, q_h, scale, h, reader, state, j, other, kind, Q_GROUP, READERS)
     if READERS == 1:
         y += tl.sum(parts, 0)[None, :]
     if NORMALIZE:
         y = y / tl.where(alive & (reader < READERS), divisor, 1.0)[:, None]
-    outs = out + ((row * heads + h) * READERS + reader)[:, None] * V + c[None, :]
-    written = (reader < READERS)[:, None] & (c < V)[None, :]
-    tl.store(outs, tl.where(alive, y, 0.0).to(out.dtype.element_ty), mask=written)
+    _write(out, y, row, heads, h, reader, c, alive, V, READERS)
     # A loop of its own: in the one above its registers would halve how many programs wait for memory at once.
     if fold:
         # Nor need a thread hold there what it holds here.

@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linattn.core.triton_parts import document_tokens, ends_document, operand, segment_tokens_of
+
 
 @triton.jit
 def _left(x, row, stride, live, BLOCK: tl.constexpr):
@@ -89,25 +91,82 @@ def _store_state(S, tile, index, held, factor, stride_p, stride_v, v, V: tl.cons
 
 
 @triton.jit
-def _operand(state, dtype: tl.constexpr):
-    """A state as an operand of a product, and the power of two to multiply that product by.
-
-    float16 ends at 65504, which sums over a long text pass; bfloat16 would lose three bits of what float16 can say.
-    """
-    if dtype == tl.float16:
-        largest = tl.max(tl.max(tl.abs(state), 1), 0)
-        exponent = tl.maximum(tl.ceil(tl.log2(tl.maximum(largest, 1.0))) - 14, 0)
-        return (state * tl.exp2(-exponent)).to(dtype), tl.exp2(exponent)
-    else:  # noqa: RET505  what follows a constexpr branch would be compiled for both
-        return state.to(dtype), 1.0
-
-
-@triton.jit
 def _spread(gradient, BLOCK: tl.constexpr, X: tl.constexpr):
     """The gradient of a block's dims, [C, 8], where they stand in [C, X]; zeros elsewhere."""
     C: tl.constexpr = gradient.shape[0]
     repeated = tl.reshape(tl.broadcast_to(gradient[:, None, :], [C, X // 8, 8]), [C, X])
     return tl.where((tl.arange(0, X) // 8 == BLOCK)[None, :], repeated, 0.0)
+
+
+@triton.jit
+def _load_products(
+    S, factor_S, stride_p, stride_v, v, F: tl.constexpr, V: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):
+    """The second order of a State in memory, a tile [64, BV] for each pair of blocks."""
+    tiles = ()
+    for n in tl.static_range(len(LEFT)):
+        index, factor, _ = _pairs(LEFT[n], RIGHT[n], F)
+        tiles = tiles + (_load_state(S, index, index >= 0, factor / factor_S, stride_p, stride_v, v, V),)
+    return tiles
+
+
+@triton.jit
+def _store_products(
+    S, tiles, factor_S, stride_p, stride_v, v, F: tl.constexpr, V: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):
+    for n in tl.static_range(len(LEFT)):
+        index, factor, stored = _pairs(LEFT[n], RIGHT[n], F)
+        _store_state(S, tiles[n], index, stored, factor / factor_S, stride_p, stride_v, v, V)
+
+
+@triton.jit
+def _add_products(S, x, t, x_t, live, y, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """The second order S and what a chunk's rows add to it."""
+    tiles = ()
+    for n in tl.static_range(len(LEFT)):
+        phi = _products(_left(x, t, x_t, live, LEFT[n]), _right(x, t, x_t, live, RIGHT[n]))
+        tiles = tiles + (tl.dot(tl.trans(phi), y, S[n]),)
+    return tiles
+
+
+@triton.jit
+def _read_products(o, S, r, t, r_t, live, scale, dtype: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """o [C, BV] and what rows of r read of the second order S."""
+    for n in tl.static_range(len(LEFT)):
+        left = _left(r, t, r_t, live, LEFT[n]).to(tl.float32)
+        left *= scale * scale * (0.5 if LEFT[n] == RIGHT[n] else 1.0)
+        rounded, unit = operand(S[n], dtype)
+        o += tl.dot(_products(left.to(dtype), _right(r, t, r_t, live, RIGHT[n])), rounded) * unit
+    return o
+
+
+@triton.jit
+def _products_gradient(
+    dr, S, w, r, t, r_t, live, scale, X: tl.constexpr, dtype: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):
+    """dr [C, X] and what w has in it through the second order S that rows of r read."""
+    C: tl.constexpr = w.shape[0]
+    for n in tl.static_range(len(LEFT)):
+        rounded, unit = operand(S[n], dtype)
+        g = tl.reshape(tl.dot(w, tl.trans(rounded)), [C, 8, 8])
+        g *= unit * scale * scale * (0.5 if LEFT[n] == RIGHT[n] else 1.0)
+        left = _left(r, t, r_t, live, LEFT[n]).to(tl.float32)
+        right = _left(r, t, r_t, live, RIGHT[n]).to(tl.float32)
+        dr += _spread(tl.sum(g * right[:, None, :], 2), LEFT[n], X)
+        dr += _spread(tl.sum(g * left[:, :, None], 1), RIGHT[n], X)
+    return dr
+
+
+@triton.jit
+def _divisor(p, scaled, Z, count, dtype: tl.constexpr):
+    """What divides a chunk's outputs: its own weights p, and half of Z's form in (scale r, 1) and of the count.
+
+    Z as what 16 bits hold of it and the rest: after few tokens a divisor is small beside its terms.
+    """
+    rounded, unit = operand(Z, dtype)
+    rest = (Z * (1 / unit) - rounded.to(tl.float32)).to(dtype)
+    form = tl.dot(scaled, rest, tl.dot(scaled, rounded)) * unit * scaled.to(tl.float32)
+    return tl.sum(p, 1) + 0.5 * (tl.sum(form, 1) + count)
 
 
 @triton.jit
@@ -188,27 +247,9 @@ def _sweep(
     """Grid (heads, segments). FINAL: 0 nothing, 1 the state after each document, 2 after each segment."""
     h = tl.program_id(0)
     segment = tl.program_id(1).to(tl.int64)
-    document = segment
-    first = 0
-    if SPLIT:
-        if PACKED:
-            document = tl.load(segment_document + segment).to(tl.int64)
-            first = tl.load(segment_start + segment)
-        else:
-            document = segment // per_row
-            first = ((segment % per_row) * segment_tokens).to(tl.int32)
-    row = document
-    begin = row * 0
-    length = tokens
-    if PACKED:
-        row = document * 0
-        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), begin), tokens)
-        length = (end - begin).to(tl.int32)
-    last = length
-    if SPLIT:
-        last = tl.minimum(length, first + segment_tokens)
-    chunks = tl.maximum(tl.cdiv(last - first, C), 0)
+    document, row, begin, length, first, last, chunks = segment_tokens_of(
+        segment, cu_seqlens, segment_document, segment_start, tokens, segment_tokens, per_row, C, PACKED, SPLIT
+    )
 
     x += row * x_n + begin * x_t + (h // X_GROUP).to(tl.int64) * x_h
     y += row * y_n + begin * y_t + (h // Y_GROUP).to(tl.int64) * y_h
@@ -249,10 +290,7 @@ def _sweep(
         Sx = _load_state(S_in, x_index, x_held, x_factor, in_p, in_v, v, V)
         Z = tl.load(z_in + z_index, mask=z_held, other=0.0) * z_factor
         count = tl.load(z_in)
-        S = ()
-        for n in tl.static_range(len(LEFT)):
-            index, factor, stored = _pairs(LEFT[n], RIGHT[n], F)
-            S = S + (_load_state(S_in, index, index >= 0, factor / S_factor, in_p, in_v, v, V),)
+        S = _load_products(S_in, S_factor, in_p, in_v, v, F, V, LEFT, RIGHT)
 
     for step in tl.range(0, chunks, num_stages=NUM_STAGES):
         t0 = first + (chunks - 1 - step if REVERSE else step) * C
@@ -272,19 +310,11 @@ def _sweep(
         if VALUES:
             p = tl.where(reads, 0.5 * u * u + 0.5, 0.0)
             o = tl.dot(p.to(dtype), ys)
-            operand, unit = _operand(Sx, dtype)
-            o += tl.dot(scaled, operand) * unit
-            for n in tl.static_range(len(LEFT)):
-                left = _left(r, t, r_t, live, LEFT[n]).to(tl.float32)
-                left *= scale * scale * (0.5 if LEFT[n] == RIGHT[n] else 1.0)
-                operand, unit = _operand(S[n], dtype)
-                o += tl.dot(_products(left.to(dtype), _right(r, t, r_t, live, RIGHT[n])), operand) * unit
+            rounded, unit = operand(Sx, dtype)
+            o += tl.dot(scaled, rounded) * unit
+            o = _read_products(o, S, r, t, r_t, live, scale, dtype, LEFT, RIGHT)
             if NORMALIZE and not REVERSE:
-                # Z as what 16 bits hold of it and the rest: after few tokens a divisor is small beside its terms.
-                operand, unit = _operand(Z, dtype)
-                rest = (Z * (1 / unit) - operand.to(tl.float32)).to(dtype)
-                form = tl.dot(scaled, rest, tl.dot(scaled, operand)) * unit * scaled.to(tl.float32)
-                total = tl.sum(p, 1) + 0.5 * (tl.sum(form, 1) + count)
+                total = _divisor(p, scaled, Z, count, dtype)
                 count += tl.minimum(C, last - t0).to(tl.float32)
                 o = o * (1 / total)[:, None]
                 tl.store(share + t, 1 / total, mask=live)
@@ -300,21 +330,14 @@ def _sweep(
                     d = tl.load(delta + t, mask=live, other=0.0)
                     dp += d[:, None]
             dr = tl.dot((dp * u).to(dtype), xs) * scale
-            operand, unit = _operand(Sx, dtype)
-            dx = tl.dot(ws, tl.trans(operand)) * unit
+            rounded, unit = operand(Sx, dtype)
+            dx = tl.dot(ws, tl.trans(rounded)) * unit
             if NORMALIZE or (REVERSE and INITIAL):
-                operand, unit = _operand(Z, dtype)
-                dz = tl.dot(scaled, operand) * unit
+                rounded, unit = operand(Z, dtype)
+                dz = tl.dot(scaled, rounded) * unit
                 dx += dz if REVERSE else d[:, None] * dz
             dr += dx * scale
-            for n in tl.static_range(len(LEFT)):
-                operand, unit = _operand(S[n], dtype)
-                g = tl.reshape(tl.dot(ws, tl.trans(operand)), [C, 8, 8])
-                g *= unit * scale * scale * (0.5 if LEFT[n] == RIGHT[n] else 1.0)
-                left = _left(r, t, r_t, live, LEFT[n]).to(tl.float32)
-                right = _left(r, t, r_t, live, RIGHT[n]).to(tl.float32)
-                dr += _spread(tl.sum(g * right[:, None, :], 2), LEFT[n], X)
-                dr += _spread(tl.sum(g * left[:, :, None], 1), RIGHT[n], X)
+            dr = _products_gradient(dr, S, ws, r, t, r_t, live, scale, X, dtype, LEFT, RIGHT)
             if NORMALIZE and not REVERSE:
                 dr = dr * tl.load(share + t, mask=live, other=0.0)[:, None]
             where = live[:, None] & (column < F)[None, :]
@@ -325,26 +348,20 @@ def _sweep(
         elif NORMALIZE or FINAL != 0:
             Z = tl.dot(tl.trans(xs), xs, Z)
         Sx = tl.dot(tl.trans(xs), ys, Sx)
-        S_next = ()
-        for n in tl.static_range(len(LEFT)):
-            phi = _products(_left(x, t, x_t, live, LEFT[n]), _right(x, t, x_t, live, RIGHT[n]))
-            S_next = S_next + (tl.dot(tl.trans(phi), ys, S[n]),)
-        S = S_next
+        S = _add_products(S, x, t, x_t, live, ys, LEFT, RIGHT)
 
     if FINAL != 0:
         slot = segment
         ends = True
         if FINAL == 1:
             slot = document
-            ends = first == 0 if REVERSE else (last == length) & ((chunks > 0) | (first == 0))
+            ends = ends_document(first, last, length, chunks, REVERSE)
         if ends & (h % STATE_GROUP == 0):
             S_out += slot * out_n + state_head * out_h
             z_out += slot * zout_n + state_head * zout_h
             _store_state(S_out, Sx, x_index, x_held, x_factor, out_p, out_v, v, V)
             tl.store(z_out + z_index, Z / z_factor, mask=z_held & (column[:, None] <= column[None, :]))
-            for n in tl.static_range(len(LEFT)):
-                index, factor, stored = _pairs(LEFT[n], RIGHT[n], F)
-                _store_state(S_out, S[n], index, stored, factor / S_factor, out_p, out_v, v, V)
+            _store_products(S_out, S, S_factor, out_p, out_v, v, F, V, LEFT, RIGHT)
 
 
 @triton.jit
@@ -355,9 +372,11 @@ def _scan_segments(
     z,
     cu_seqlens,
     first,
+    first_part,
     tokens,
     segment_tokens,
     per_row,
+    parts_per_row,
     heads,
     size,
     size_S,
@@ -365,27 +384,28 @@ def _scan_segments(
     S_h,
     z_n,
     z_h,
+    PARTS: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
     INITIAL_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """From what each segment adds, [.., heads, size], S and then z, the state before each. In reverse: behind each.
+    """From what each segment's PARTS add, [.., heads, size], S and then z, the state before each. In reverse: behind.
 
     Grid (blocks of size, heads, documents).
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.program_id(1)
     document = tl.program_id(2).to(tl.int64)
-    length = tokens
+    _, _, length = document_tokens(cu_seqlens, document, tokens, PACKED)
     begin = document * per_row
+    begin_parts = document * parts_per_row
     if PACKED:
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + document).to(tl.int64), 0), tokens)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1).to(tl.int64), start), tokens)
-        length = (end - start).to(tl.int32)
         begin = tl.load(first + document).to(tl.int64)
+        begin_parts = tl.load(first_part + document).to(tl.int64)
     count = tl.maximum(tl.cdiv(length, segment_tokens), 1)
+    parts = tl.maximum(tl.cdiv(length, segment_tokens // PARTS), 1)
     inside = at < size
     state = tl.zeros([BLOCK], tl.float32)
     if INITIAL:
@@ -394,9 +414,11 @@ def _scan_segments(
         state += tl.load(z + document * z_n + head * z_h + at - size_S, mask=inside & (at >= size_S), other=0.0)
     for step in range(count):
         s = count - 1 - step if REVERSE else step
-        where = ((begin + s) * heads + h) * size + at
-        tl.store(before + where, state, mask=inside)
-        state += tl.load(added + where, mask=inside, other=0.0)
+        tl.store(before + ((begin + s) * heads + h) * size + at, state, mask=inside)
+        for i in tl.static_range(PARTS):
+            part = s * PARTS + i
+            where = ((begin_parts + part) * heads + h) * size + at
+            state += tl.load(added + where, mask=inside & (part < parts), other=0.0)
 
 
 @triton.jit

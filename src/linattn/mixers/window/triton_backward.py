@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linattn.mixers.window.triton_forward import _document, _locate, _near, _rows, _store_rows
+from linattn.core.triton_parts import document_tokens
+from linattn.mixers.window.triton_blocks import _keys, _locate, _near, _rows, _store_rows
 
 
 @triton.jit
@@ -107,15 +108,12 @@ def _query_gradient(
         state_k += document * state_k_n + k_head * state_k_h
         state_v += document * state_v_n + k_head * state_v_h
         for s in tl.range(tl.maximum(first, low), W - 1, KEYS, num_stages=1):
-            keys = _rows(state_k, s, state_k_t, 0, W - 1, KEYS, D, BD)
-            values = _rows(state_v, s, state_v_t, 0, W - 1, KEYS, V, BV)
-            place = (s + tl.arange(0, KEYS))[None, :]
+            keys, values, place = _keys(state_k, state_v, s, state_k_t, state_v_t, W - 1, KEYS, D, BD, V, BV)
             seen = _near(i, place - (W - 1), W) & (place < W - 1)
             out, exact = _read_back(query, dys, lses, delta, keys, values, seen, out, exact, scale2)
     for j in tl.range(tl.maximum(first - (W - 1), 0), tl.minimum(first + QUERIES, length), KEYS, num_stages=STAGES):
-        keys = _rows(k, j, k_t, 0, length, KEYS, D, BD)
-        values = _rows(v, j, v_t, 0, length, KEYS, V, BV)
-        seen = _near(i, (j + tl.arange(0, KEYS))[None, :], W)
+        keys, values, place = _keys(k, v, j, k_t, v_t, length, KEYS, D, BD, V, BV)
+        seen = _near(i, place, W)
         out, exact = _read_back(query, dys, lses, delta, keys, values, seen, out, exact, scale2)
     tl.store(deltas + at, exact, mask=r < length)
     _store_rows(dq + row * dq_n + begin * dq_t + h * dq_h, first, dq_t, length, out * scale, QUERIES, D, BD)
@@ -176,12 +174,7 @@ def _key_gradient(
     block = tl.program_id(0) // KEY_HEADS
     if STATE:
         document = tl.program_id(2).to(tl.int64)
-        row = document
-        begin = document * 0
-        length = tokens
-        if PACKED:
-            row = document * 0
-            begin, length = _document(cu_seqlens, document, tokens)
+        row, begin, length = document_tokens(cu_seqlens, document, tokens, PACKED)
         first = block * KEYS
         high = W - 1
         low = W - 1 - tl.load(count + document).to(tl.int32)

@@ -3,23 +3,34 @@
 //     dq     source (k, v, 1), reader (q, do, delta), divided by den
 //     dk     source (q, do / den, delta / den), reader (k, v, 1), REVERSE
 //
-// One block a (head, segment). Warp m keeps the state of the m-th pair of groups of products, [16, V] in registers. What
-// the warps find of a chunk's gradient meets in shared memory: a part from each pair of groups, one from each 16 x 8 block
-// of weights inside the chunk (warps 0 to 5), one from the normaliser's quadratic form (warps 6 and 7, see value_sweep.cu).
+// One block a (head, segment), a warp for each 16 value columns, V tokens a chunk, like value_sweep.cu. Of a chunk a warp
+//     makes the products of 16 sources, for all warps to use;
+//     finds the gradients of 16 readers: w times the state, which all warps left in shared memory, is the gradient of the
+//     reader's products, and by the chain rule, in registers, of the reader; then that of the weights inside the chunk;
+//     adds all sources to its own 16 columns of the state, [16, 160] in registers, and leaves them in 16 bits.
+// A reader's gradient is whole in one warp, so that no parts meet. Two warps for each 16 columns, of 80 products each, hide
+// more of each other's waits, but both read the values, and half of each gradient changes warps: 0.26 and 0.29 ms where
+// one takes 0.21 and 0.22 (dq and dk of 32 x 2048, 16 heads, V 64).
+// What the normaliser adds is the gradient of the quadratic form of value_sweep.cu, delta scale (zk + scale Z q): Z and zk
+// are kept by the warp that has least to do inside the chunk.
 //
-// Defined where compiled: V, HALF_IS_BF16, ONES, REVERSE, NORMALIZE, PACKED, SPLIT, INITIAL, FINAL (0 or 1: the state after
-// each document, which in reverse is the gradient of the initial one).
+// WIDE (V = 64, capability 9.0): the products with the state are wgmma's, which read shared memory once for four warps.
+//
+// Defined where compiled: V, HALF_IS_BF16, WIDE, RESIDENT (blocks on a multiprocessor), ONES, REVERSE, NORMALIZE, PACKED,
+// SPLIT, INITIAL, FINAL (0 or 1: the state after each document, which in reverse is the gradient of the initial one).
 
-#define CHUNK 32
-#define WARPS (GROUPS / 2)
+#define CHUNK V
+#define WARPS (V / 16)
 #define THREADS (32 * WARPS)
 #define ROW_X 24
 #define ROW_Y (V + 8)
 #define STAGES 2
+// Two stages of readers do not fit at V = 96 on capability 8.0, V = 128 on 9.0: the one is fetched when all have read it.
+#define READER_STAGES (V > 80 ? 1 : 2)
 #define WEIGHED (REVERSE && NORMALIZE)
-#define FORM (NORMALIZE || (REVERSE && INITIAL))
-#define FORM_WARP 6
-#define PITCH (CHUNK + 4)
+#define FORM (NORMALIZE || (REVERSE && (INITIAL || FINAL)))
+#define FORMS (NORMALIZE ? 2 : 1)
+#define PAIRS (GROUPS / 2)
 
 struct Arguments {
     const u16 *x, *y, *r, *w;
@@ -33,375 +44,380 @@ struct Arguments {
     float scale;
 };
 
+// Of a chunk: x, y and share, or r, w and delta.
 struct Stage {
-    u16 x[CHUNK * ROW_X], r[CHUNK * ROW_X], y[CHUNK * ROW_Y], w[CHUNK * ROW_Y];
-    float share[CHUNK], delta[CHUNK];
+    u16 features[CHUNK * ROW_X], values[CHUNK * ROW_Y];
+    float scalars[CHUNK];
 };
 
-// What a chunk's gradient is summed from, and multiplied by.
-struct Parts {
-    float products[WARPS][16][PITCH];
-    float inside[6][16][20], form[2][16][20];
-    float share[CHUNK];
+// Z as second operand, rounded and what that lost, and zk: lane by lane.
+struct Form {
+    u32 square[8][32];
+    float linear[4][32], lift;
 };
 
 struct Shared {
-    Stage stages[STAGES];
-    Parts parts[2];
-    // Z and zk of the two warps that need them, lane by lane.
-    float sums[2][4][4][32];
+    Stage sources[STAGES], readers[READER_STAGES];
+    // Fragments of two groups at a time; WIDE: pieces [8 tokens][group] and, of the state, [8 columns][group].
+    Quad products[WARPS][PAIRS][32], state[WARPS][PAIRS][32];
+    float lifts[WARPS];
+    // Sums of Z and zk, lane by lane.
+    float sums[4][4][32];
+    Form forms[FORMS];
+    int places[8 * GROUPS];
+    float factors[8 * GROUPS];
 };
 
-// Which products one of a warp's two groups is made of, in the layout (n = lane / 4, two tokens).
-struct Group {
-    int from, back;
-    u32 keep, constant;
-    float weight;
-    DEVICE Group(int group, int lane, float scale) {
-        const int n = lane / 4, low = lane % 4, d = group >= 18 ? 0 : group >= 10 ? group - 10 : group % 5;
-        from = (n + d) % 8 * 4 + low;
-        back = (n + 8 - d) % 8 * 4 + low;
-        const bool kept = group >= 10 || d < 4 || n < 4;
-        keep = kept ? 0xffffffffu : 0u;
-        constant = group == 4 && n == 4 ? ONES : 0u;
-        weight = !kept ? 0.f : group >= 18 ? scale : group < 10 && d == 0 ? 0.5f * scale * scale : scale * scale;
-    }
-    // left, right: the blocks of dims that are multiplied; LINEAR: left alone.
-    template <bool LINEAR>
-    DEVICE u32 product(u32 left, u32 right) const {
-        return LINEAR ? left : (multiply(left, shuffle(right, from)) & keep) | constant;
-    }
-    // Adds what the gradient c of the products at two tokens is for the two blocks.
-    template <bool LINEAR>
-    DEVICE void chain(const float* c, float lift, u32 left, u32 right, float (&to_left)[2], float (&to_right)[2]) const {
-        const u32 rotated = LINEAR ? 0u : shuffle(right, from);
+// The gradient of two readers from that of their products, as an accumulator has both: tokens lane / 4 and 8 on, dims
+// 2 (lane % 4) + {0, 1} of a block.
+struct Chain {
+    // [block][lanes ahead of this one that it belongs to]: what is another lane's goes there when it is known whole.
+    float to[2][4][4] = {}, linear[2][4];
+    DEVICE void add(int group, const float (&c)[4], const ReaderFeatures (&r)[2]) {
+        const int left = group >= 5 && group < 10, right = group >= 5, d = group < 10 ? group % 5 : group - 10;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float gradient = c[i] * (weight * lift);
-            to_left[i] += LINEAR ? gradient : gradient * clear_of(rotated, i);
-            if (!LINEAR) to_right[i] += shuffle(gradient * clear_of(left, i), back);
+        for (int n = 0; n < 4; n++) {
+            const int i = n % 2, token = n / 2;
+            if (group >= 18) {
+                linear[group - 18][n] = c[n];
+                continue;
+            }
+            // The constant stands where group 4 has no product.
+            const float gradient = group == 4 && !r[token].keep ? 0.f : c[n];
+            to[left][0][n] += gradient * clear_of(right ? r[token].b[d] : r[token].a[d], i);
+            // A square weighs 1/2 and has one factor twice: once is enough.
+            if (left != right || d > 0)
+                to[right][(i + d) / 2 % 4][2 * token + (i + d) % 2] +=
+                    gradient * clear_of(left ? r[token].b[0] : r[token].a[0], i);
         }
     }
+    // o[block] = the gradient over scale.
+    DEVICE void gather(float scale, int lane, float (&o)[2][4]) const {
+#pragma unroll
+        for (int block = 0; block < 2; block++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                float sum = to[block][0][n];
+                // Products of a with a end at d = 4, two lanes ahead.
+#pragma unroll
+                for (int ahead = 1; ahead < (block ? 4 : 3); ahead++)
+                    sum += shuffle(to[block][ahead][n], (lane & ~3) + ((lane - ahead) & 3));
+                o[block][n] = linear[block][n] + scale * sum;
+            }
+    }
 };
 
-// Calls work(pair of group and blocks) as the warp's two groups have it: aa, aa and bb, bb, ab, or a and b alone.
-#define BOTH(what, LINEAR, l0, r0, l1, r1) what(0, LINEAR, l0, r0) what(1, LINEAR, l1, r1)
-#define AS_ITS_GROUPS_ARE(what)                  \
-    if (warp < 2) { BOTH(what, false, a, a, a, a) } \
-    else if (warp == 2) { BOTH(what, false, a, a, b, b) } \
-    else if (warp < 5) { BOTH(what, false, b, b, b, b) } \
-    else if (warp < 9) { BOTH(what, false, a, b, a, b) } \
-    else { BOTH(what, true, a, a, b, b) }
-
-EXTERN void __launch_bounds__(THREADS, V <= 64 ? 2 : 1) key_sweep(const Arguments g) {
+EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
     DYNAMIC_SHARED(Shared, shared);
     const int warp = warp_index(), lane = thread_index() % 32, row = lane / 4, pair = 2 * (lane % 4);
     const int h = block_index(0);
     const i64 segment = block_index(1);
 
-    i64 document = segment;
-    int first = 0;
-#if SPLIT
-#if PACKED
-    document = g.segment_document[segment];
-    first = g.segment_start[segment];
-#else
-    document = segment / g.per_row;
-    first = int(segment % g.per_row) * g.segment_tokens;
-#endif
-#endif
-    i64 batch = document, begin = 0;
-    int length = g.tokens;
-#if PACKED
-    batch = 0;
-    begin = min(max(g.cu_seqlens[document], 0), g.tokens);
-    length = int(min(max((i64)g.cu_seqlens[document + 1], begin), (i64)g.tokens) - begin);
-#endif
-    const int last = SPLIT ? min(length, first + g.segment_tokens) : length;
+    const Span span = span_of(g, segment);
+    const i64 document = span.document, batch = span.batch, begin = span.begin;
+    const int length = span.length, first = span.first, last = span.last;
     const int chunks = max((last - first + CHUNK - 1) / CHUNK, 0);
     const int start = first + (REVERSE ? (chunks - 1) * CHUNK : 0), stride = REVERSE ? -CHUNK : CHUNK;
-
-    const i64 at_out = batch * g.out_n + (begin + start) * g.out_t + h * g.out_h;
     const i64 at_share = batch * g.share_n + begin + h * g.share_h;
 
-    // What this thread fetches of each chunk: pieces of 16 bytes of y and of w, and in four warps one of x or r.
-    const u16* y = g.y + batch * g.y_n + (begin + start) * g.y_t + (h / g.y_group) * g.y_h;
-    const u16* w = g.w + batch * g.w_n + (begin + start) * g.w_t + (h / g.w_group) * g.w_h;
-    const int x_token = thread_index() / 2 % CHUNK, x_column = lane % 2 * 8;
-    const u16* x = warp < 2 ? g.x + batch * g.x_n + (begin + start + x_token) * g.x_t + (h / g.x_group) * g.x_h
-                            : g.r + batch * g.r_n + (begin + start + x_token) * g.r_t + (h / g.r_group) * g.r_h;
-    const i64 x_stride = stride * (warp < 2 ? g.x_t : g.r_t);
-    x += x_column;
-    auto fetch = [&](int step) {
-        if (step < chunks) {
-            Stage& to = shared.stages[step % STAGES];
-            const int t0 = start + step * stride;
+    // What this thread fetches of each chunk, in pieces of 16 bytes: one of x and r, and one of y and w every 16 tokens.
+    const int x_token = thread_index() / 2, x_column = thread_index() % 2 * 8;
+    const int y_token = thread_index() / (V / 8), y_column = thread_index() % (V / 8) * 8;
+    const u16* x = g.x + batch * g.x_n + (begin + start + x_token) * g.x_t + (h / g.x_group) * g.x_h + x_column;
+    const u16* r = g.r + batch * g.r_n + (begin + start + x_token) * g.r_t + (h / g.r_group) * g.r_h + x_column;
+    const u16* y = g.y + batch * g.y_n + (begin + start + y_token) * g.y_t + (h / g.y_group) * g.y_h + y_column;
+    const u16* w = g.w + batch * g.w_n + (begin + start + y_token) * g.w_t + (h / g.w_group) * g.w_h + y_column;
+    auto fetch = [&](int step, Stage& to, const u16*& features, i64 features_t, const u16*& values, i64 values_t,
+                     const float* scalars) {
+        if (step >= chunks) return;
+        const int left = last - (start + step * stride);
+        copy_16(to.features + x_token * ROW_X + x_column, features, x_token < left);
 #pragma unroll
-            for (int first_piece = 0; first_piece < CHUNK * V / 8; first_piece += THREADS) {
-                const int i = first_piece + thread_index(), t = i / (V / 8), c = i % (V / 8) * 8;
-                if (first_piece + THREADS > CHUNK * V / 8 && i >= CHUNK * V / 8) continue;
-                const bool live = t0 + t < last;
-                copy_16(to.y + t * ROW_Y + c, live ? y + t * g.y_t + c : g.y, live);
-                copy_16(to.w + t * ROW_Y + c, live ? w + t * g.w_t + c : g.w, live);
-            }
-            if (warp < 4) {
-                const bool live = t0 + x_token < last;
-                copy_16((warp < 2 ? to.x : to.r) + x_token * ROW_X + x_column, live ? x : g.x, live);
-            } else if (NORMALIZE && warp >= WARPS - 2) {
-                const bool live = t0 + lane < last, of_share = warp == WARPS - 1;
-                const i64 from = at_share + (live ? t0 + lane : 0);
-                copy_4((of_share ? to.share : to.delta) + lane, (of_share ? g.share : g.delta) + from, live);
-            }
-            x += x_stride;
-            y += stride * g.y_t;
-            w += stride * g.w_t;
-        }
-        commit_copies();
+        for (int i = 0; i < WARPS; i++)
+            copy_16(to.values + (y_token + 16 * i) * ROW_Y + y_column, values + 16 * i * values_t, y_token + 16 * i < left);
+        features += stride * features_t;
+        values += stride * values_t;
+        const int t = thread_index();
+        if (NORMALIZE && t < CHUNK)
+            copy_4(to.scalars + t, scalars + at_share + (t < left ? start + step * stride + t : 0), t < left);
     };
+    auto fetch_sources = [&](int step) { fetch(step, shared.sources[step % STAGES], x, g.x_t, y, g.y_t, g.share); };
+    auto fetch_readers = [&](int step) { fetch(step, shared.readers[step % READER_STAGES], r, g.r_t, w, g.w_t, g.delta); };
 
-    // Sums the parts that `step` left. They wait for the next chunk's barrier.
-    auto reduce = [&](int step) {
-        const Parts& parts = shared.parts[step % 2];
-        const int i = thread_index(), t = i / 8, dim = i % 8 * 2, reader = t / 16, in = t % 16;
-        if (i >= CHUNK * 8 || start + step * stride + t >= last) return;
-        // Blocks of weights stand in the order of `block` below: the reader that has one of them, then the other.
-        const bool one = REVERSE ? reader == 1 : reader == 0;
-        const int from = REVERSE ? (one ? 4 : 0) : (one ? 0 : 2);
-        float total[2];
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            float sum = FORM ? parts.form[reader][dim + k][in] : 0.f;
-#pragma unroll
-            for (int m = 0; m < WARPS; m++) sum += parts.products[m][dim + k][t];
-            sum += parts.inside[from][dim + k][in] + parts.inside[from + 1][dim + k][in];
-            if (!one) sum += parts.inside[from + 2][dim + k][in] + parts.inside[from + 3][dim + k][in];
-            if (NORMALIZE && !REVERSE) sum *= parts.share[t];
-            total[k] = sum;
-        }
-        *(u32*)(g.out + at_out + (step * stride + t) * g.out_t + dim) = pack(total[0], total[1]);
-    };
-
-    const Group groups[2] = {Group(2 * warp, lane, g.scale), Group(2 * warp + 1, lane, g.scale)};
-    const i64 head = h / g.state_group;
-    const float order = REVERSE ? 1.f / g.scale : 1.f;
-    int places[2];
-    float factors[2];
-    float S[V / 8][4];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int group = 2 * warp + half;
-        places[half] = place(group, row, factors[half]);
+    for (int i = thread_index(); i < 8 * GROUPS; i += THREADS) {
+        shared.places[i] = place(i / 8, i % 8, shared.factors[i]);
         // In reverse the State's gradient is that of phi(scale q), but the sums are of phi(q): scale is put on the reader.
-        if (REVERSE) factors[half] *= weight_of(group, row, g.scale);
-#pragma unroll
-        for (int j = 0; j < V / 8; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                S[j][2 * half + i] = !INITIAL || places[half] < 0 ? 0.f
-                    : g.S_in[segment * g.in_n + head * g.in_h + places[half] * g.in_p + 8 * j + pair + i] / factors[half];
+        if (REVERSE) shared.factors[i] *= weight_of(i / 8, i % 8, g.scale);
     }
-    const bool forms = warp == FORM_WARP || warp == FORM_WARP + 1;
+    sync_block();
+
+    const i64 head = h / g.state_group;
+    float S[GROUPS][4];
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int n = 8 * group + pair + i % 2, v = 16 * warp + row + i / 2 * 8, p = INITIAL ? shared.places[n] : -1;
+            S[group][i] = p < 0 ? 0.f : g.S_in[segment * g.in_n + head * g.in_h + p * g.in_p + v] / shared.factors[n];
+        }
+    }
+
+    // Blocks take their readers in opposite orders, so that the warp with most weights is not always on one scheduler.
+    const int reader = h % 2 ? WARPS - 1 - warp : warp;
+    const bool forms = FORM && reader == (REVERSE ? WARPS - 1 : 0);
+    const float order = REVERSE ? 1.f / g.scale : 1.f;
     float count = 0.f;
-    float(*const sums)[4][32] = shared.sums[warp % 2];
-    if (forms) {
+
+    // Adds to Z[block] at dims (row and row + 8, 8 block + pair) and zk[block] at dims 8 block + pair, in two parts.
+    auto keep = [&](Form& to, const float (&Z)[2][4], const float (&zk)[2][4]) {
+        float all[2][4], linear[2][4];
 #pragma unroll
         for (int block = 0; block < 2; block++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float z = 0.f, linear = 0.f;
-#if INITIAL
-                const float* from = g.z_in + segment * g.zin_n + head * g.zin_h;
-                const int j = 8 * block + pair + i % 2, k = row + i / 2 * 8;
-                count = from[0];
-                if (i < 2) linear = from[1 + j] * order;
-                z = from[place_of(j, k)] * order * order * (j == k ? 1.41421356237309505f : 1.f);
-#endif
-                sums[block][i][lane] = z;
-                sums[2 + block][i][lane] = linear;
+                all[block][i] = shared.sums[block][i][lane] += Z[block][i];
+                linear[block][i] = shared.sums[2 + block][i][lane] += zk[block][i];
             }
+        const float lift = lift_of(all), less = 1.f / lift;
+        if (!HALF_IS_BF16) to.lift = lift;
+#pragma unroll
+        for (int block = 0; block < 2; block++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                // Z's rows, as they are held, are its columns, as they are wanted.
+                const float a = all[i][2 * block] * less, b = all[i][2 * block + 1] * less;
+                const u32 rounded = pack(a, b);
+                to.square[4 * block + i][lane] = rounded;
+                to.square[4 * block + 2 + i][lane] = pack(a - clear_of(rounded, 0), b - clear_of(rounded, 1));
+                to.linear[2 * block + i][lane] = linear[block][i] + linear[block][i + 2];
+            }
+    };
+    if (forms) {
+        float Z[2][4] = {}, zk[2][4] = {};
+#pragma unroll
+        for (int i = 0; i < 16; i++) shared.sums[i / 4][i % 4][lane] = 0.f;
+#if INITIAL
+        const float* from = g.z_in + segment * g.zin_n + head * g.zin_h;
+        count = from[0];
+        load_form(Z, from, order, lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) zk[i / 2][i % 2] = from[1 + 8 * (i / 2) + pair + i % 2] * order;
+#endif
+        keep(shared.forms[0], Z, zk);
     }
 
-    fetch(0);
+    // Leaves this warp's columns of the state for the next chunk's readers.
+    auto leave = [&] {
+        const float lift = lift_of(S), less = 1.f / lift;
+        if (!HALF_IS_BF16) shared.lifts[warp] = lift;
+#pragma unroll
+        for (int m = 0; m < PAIRS; m++) {
+            u32 held[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                held[i] = pack(S[2 * m + i / 2][i % 2 * 2] * less, S[2 * m + i / 2][i % 2 * 2 + 1] * less);
+#if WIDE
+            const int columns = 2 * warp + lane / 8 % 2, group = 2 * m + lane / 16;
+            store_matrix_transposed((Quad*)shared.state + (columns * GROUPS + group) * 8 + lane % 8, held[0], held[1],
+                                    held[2], held[3]);
+#else
+            shared.state[warp][m][lane] =
+                Quad{transpose(held[0]), transpose(held[1]), transpose(held[2]), transpose(held[3])};
+#endif
+        }
+        if (WIDE) show_to_wide();
+    };
+
+    u16* out = g.out + batch * g.out_n + (begin + start + 16 * reader + row) * g.out_t + h * g.out_h + pair;
+#if WIDE
+    const Pieces products = describe(shared.products, 128 * GROUPS, 128), state = describe(shared.state, 128 * GROUPS, 128);
+#endif
+
+    leave();
+    fetch_sources(0);
+    fetch_readers(0);
+    commit_copies();
     for (int step = 0; step < chunks; step++) {
         wait_for_copies<0>();
         sync_block();
-        fetch(step + 1);
-        if (step) reduce(step - 1);
-        const Stage& now = shared.stages[step % STAGES];
-        Parts& parts = shared.parts[step % 2];
+        fetch_sources(step + 1);
+        if (READER_STAGES > 1) fetch_readers(step + 1);
+        commit_copies();
+        const Stage &now = shared.sources[step % STAGES], &reads = shared.readers[step % READER_STAGES];
         const int t0 = start + step * stride;
 
-        float unit = 1.f;
-#if WEIGHED && !HALF_IS_BF16
-        // float16 holds do / den only after division by the largest share's power of two.
+        const float unit = WEIGHED ? unit_of(now.scalars, CHUNK, lane) : 1.f;
         {
-            const float most = largest(now.share[lane]);
-            unit = power_of_two(ceilf(log_of_two(fmaxf(most, 1e-30f))));
-        }
-#endif
-
-        // Through the state: the gradient of this warp's 16 products at 8 tokens at a time, then of r.
-        {
-            u32 state[V / 16][4];
-            float lift = 1.f;
-#if !HALF_IS_BF16
-            // float16 ends at 65504, which sums over a long text pass.
-            float most = 1.f;
+            u32 rows[4];
+            load_matrix_transposed(rows, now.features + (16 * warp + lane % 16) * ROW_X + lane / 16 * 8);
+            SourceFeatures early, late;
+            early.rotate(rows[0], rows[2], lane);
+            late.rotate(rows[1], rows[3], lane);
 #pragma unroll
-            for (int j = 0; j < V / 8; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) most = fmaxf(most, fabsf(S[j][i]));
-            lift = power_of_two(fmaxf(ceilf(log_of_two(largest(most))) - 14.f, 0.f));
-#endif
-#pragma unroll
-            for (int j = 0; j < V / 8; j++) {
-                state[j / 2][j % 2 * 2] = pack(S[j][0] * (1.f / lift), S[j][1] * (1.f / lift));
-                state[j / 2][j % 2 * 2 + 1] = pack(S[j][2] * (1.f / lift), S[j][3] * (1.f / lift));
-            }
-#pragma unroll
-            for (int block = 0; block < CHUNK / 16; block++) {
-                u32 rows[4];
-                load_matrix_transposed(rows, now.r + (16 * block + lane % 16) * ROW_X + lane / 16 * 8);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float c[4];
-#pragma unroll
-                    for (int j = 0; j < V / 16; j++) {
-                        u32 columns[2];
-                        load_matrix_pair(columns, now.w + (16 * block + 8 * half + lane % 8) * ROW_Y + 16 * j +
-                                                      lane / 8 % 2 * 8);
-                        if (j == 0)
-                            mma_first(c, state[0][0], state[0][1], state[0][2], state[0][3], columns[0], columns[1]);
-                        else
-                            mma(c, state[j][0], state[j][1], state[j][2], state[j][3], columns[0], columns[1]);
-                    }
-                    const u32 a = rows[half], b = rows[2 + half];
-                    float to_a[2] = {0.f, 0.f}, to_b[2] = {0.f, 0.f};
-#define CHAIN(which, LINEAR, left, right) \
-    groups[which].template chain<LINEAR>(c + 2 * which, lift, left, right, to_##left, to_##right);
-                    AS_ITS_GROUPS_ARE(CHAIN)
-                    const int t = 16 * block + 8 * half + pair;
-                    *(Two*)&parts.products[warp][row][t] = Two{to_a[0], to_a[1]};
-                    *(Two*)&parts.products[warp][8 + row][t] = Two{to_b[0], to_b[1]};
+            for (int m = 0; m < PAIRS; m++) {
+                if (WIDE) {
+                    const int tokens = 2 * warp + lane / 16, group = 2 * m + lane / 8 % 2;
+                    store_matrix((Quad*)shared.products + (tokens * GROUPS + group) * 8 + lane % 8, early[2 * m],
+                                 early[2 * m + 1], late[2 * m], late[2 * m + 1]);
+                } else {
+                    shared.products[warp][m][lane] = Quad{early[2 * m], late[2 * m], early[2 * m + 1], late[2 * m + 1]};
                 }
             }
+            if (WIDE) show_to_wide();
         }
 
-        // Inside the chunk: readers 16 `reader`.., sources 8 `eighth`.. of each of the three blocks with any weight.
-        if (warp < 6) {
-            const int block = warp / 2, eighth = warp % 2;
-            const int reader = REVERSE ? block == 2 : block > 0, s = REVERSE ? block > 0 : block == 2;
-            u32 rows[4], source[2], columns[2];
-            float u[4], dp[4];
-            load_matrix(rows, now.r + (16 * reader + lane % 16) * ROW_X + lane / 16 * 8);
-            load_matrix_pair(source, now.x + (16 * s + 8 * eighth + lane % 8) * ROW_X + lane / 8 % 2 * 8);
-            mma_first(u, rows[0], rows[1], rows[2], rows[3], source[0], source[1]);
+        {
+            u32 rows[4], columns[WARPS][4];
+            load_matrix(rows, reads.features + (16 * reader + lane % 16) * ROW_X + lane / 16 * 8);
 #pragma unroll
-            for (int j = 0; j < V / 16; j++) {
-                u32 left[4], right[2];
-                load_matrix(left, now.w + (16 * reader + lane % 16) * ROW_Y + 16 * j + lane / 16 * 8);
-                load_matrix_pair(right, now.y + (16 * s + 8 * eighth + lane % 8) * ROW_Y + 16 * j + lane / 8 % 2 * 8);
-                if (j == 0) mma_first(dp, left[0], left[1], left[2], left[3], right[0], right[1]);
-                else mma(dp, left[0], left[1], left[2], left[3], right[0], right[1]);
+            for (int k = 0; k < WARPS; k++)
+                load_matrix(columns[k], reads.values + (16 * reader + lane % 16) * ROW_Y + 16 * k + lane / 16 * 8);
+            float o[2][4];
+            {
+                float lift = 1.f;
+                u32 left[WARPS][4];
+#pragma unroll
+                for (int i = 0; i < 4 * WARPS; i++) left[i / 4][i % 4] = columns[i / 4][i % 4];
+#if !HALF_IS_BF16
+                // Each warp's columns of the state were divided by their own lift.
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) lift = fmaxf(lift, shared.lifts[k]);
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) {
+                    const float part = shared.lifts[k] / lift;
+#pragma unroll
+                    for (int i = 0; i < 4; i++) left[k][i] = multiply(left[k][i], pack(part, part));
+                }
+#endif
+                ReaderFeatures r[2];
+                r[0].rotate(rows[0], rows[2], lane, g.scale);
+                r[1].rotate(rows[1], rows[3], lane, g.scale);
+                Chain chain;
+#if WIDE
+                // In halves: all products' gradients at once would be 80 registers beside the state's 80.
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float c[PAIRS][4];
+                    wide_begin();
+#pragma unroll
+                    for (int k = 0; k < WARPS; k++)
+                        wide_mma(c, left[k], ahead(state, 128 * (2 * k * GROUPS + half * PAIRS)), k == 0);
+                    wide_commit();
+                    wide_wait(c);
+#pragma unroll
+                    for (int n = 0; n < PAIRS; n++) chain.add(half * PAIRS + n, c[n], r);
+                }
+#else
+#pragma unroll
+                for (int m = 0; m < PAIRS; m++) {
+                    float low[4], high[4];
+#pragma unroll
+                    for (int k = 0; k < WARPS; k++) {
+                        const u32(&a)[4] = left[k];
+                        const Quad held = shared.state[k][m][lane];
+                        if (k == 0) {
+                            mma_first(low, a[0], a[1], a[2], a[3], held.x, held.y);
+                            mma_first(high, a[0], a[1], a[2], a[3], held.z, held.w);
+                        } else {
+                            mma(low, a[0], a[1], a[2], a[3], held.x, held.y);
+                            mma(high, a[0], a[1], a[2], a[3], held.z, held.w);
+                        }
+                    }
+                    chain.add(2 * m, low, r);
+                    chain.add(2 * m + 1, high, r);
+                }
+#endif
+                chain.gather(g.scale, lane, o);
+#pragma unroll
+                for (int i = 0; i < 8; i++) o[i / 4][i % 4] *= lift / unit;
             }
+
+            for (int s = REVERSE ? reader : 0; s < (REVERSE ? WARPS : reader + 1); s++) {
+                u32 source[4], weights[4];
+                load_matrix(source, now.features + (16 * s + lane % 8 + lane / 16 * 8) * ROW_X + lane / 8 % 2 * 8);
+                float dp[2][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at_reader = 16 * reader + row + i / 2 * 8, at_source = 16 * s + 8 * eighth + pair + i % 2;
-                float gradient = dp[i];
+                for (int i = 0; i < 8; i++) {
+                    dp[i / 4][i % 4] = 0.f;
 #if NORMALIZE
-                gradient += now.delta[REVERSE ? at_source : at_reader];
+                    const int at_source = 16 * s + i / 4 * 8 + pair + i % 2, at_reader = 16 * reader + row + i % 4 / 2 * 8;
+                    dp[i / 4][i % 4] = reads.scalars[REVERSE ? at_source : at_reader];
 #endif
+                }
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) {
+                    const u32(&a)[4] = columns[k];
+                    u32 values[4];
+                    load_matrix(values,
+                                now.values + (16 * s + lane % 8 + lane / 16 * 8) * ROW_Y + 16 * k + lane / 8 % 2 * 8);
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        mma(dp[half], a[0], a[1], a[2], a[3], values[2 * half], values[2 * half + 1]);
+                }
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float u[4];
+                    mma_first(u, rows[0], rows[1], rows[2], rows[3], source[2 * half], source[2 * half + 1]);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int at_reader = row + i / 2 * 8, at_source = 8 * half + pair + i % 2;
+                        u[i] = dp[half][i] * (u[i] * g.scale + 1.f);
 #if WEIGHED
-                gradient *= now.share[at_source] / unit;
+                        u[i] *= now.scalars[16 * s + at_source] / unit;
 #endif
-                const bool reads = REVERSE ? at_source >= at_reader && t0 + at_source < last : at_source <= at_reader;
-                u[i] = reads ? gradient * (u[i] * g.scale + 1.f) : 0.f;
-            }
-            const u32 upper = pack(u[0], u[1]), lower = pack(u[2], u[3]);
-            load_matrix_transposed_pair(columns, now.x + (16 * s + 8 * eighth + lane % 8) * ROW_X + lane / 8 % 2 * 8);
+                        const bool seen = REVERSE ? at_source >= at_reader : at_source <= at_reader;
+                        if (s == reader && !seen) u[i] = 0.f;
+                    }
+                    weights[2 * half] = pack(u[0], u[1]);
+                    weights[2 * half + 1] = pack(u[2], u[3]);
+                }
+                load_matrix_transposed(source, now.features + (16 * s + lane % 16) * ROW_X + lane / 16 * 8);
 #pragma unroll
-            for (int dims = 0; dims < 2; dims++) {
-                float c[4];
-                mma_first(c, upper, lower, 0u, 0u, columns[dims], 0u);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    parts.inside[warp][8 * dims + pair + i % 2][row + i / 2 * 8] = c[i] * (g.scale * unit);
+                for (int block = 0; block < 2; block++)
+                    mma(o[block], weights[0], weights[1], weights[2], weights[3], source[2 * block], source[2 * block + 1]);
             }
-        }
-#if FORM
-        if (forms) {
-            const int reader = warp - FORM_WARP;
-            u32 rows[4];
-            load_matrix(rows, now.r + (16 * reader + lane % 16) * ROW_X + lane / 16 * 8);
+
 #pragma unroll
             for (int block = 0; block < 2; block++) {
-                const float left[2] = {sums[0][2 * block][lane], sums[0][2 * block + 1][lane]};
-                const float right[2] = {sums[1][2 * block][lane], sums[1][2 * block + 1][lane]};
-                float most = 1.f, read[4];
-#if !HALF_IS_BF16
-#pragma unroll
-                for (int i = 0; i < 2; i++) most = fmaxf(most, fmaxf(fabsf(left[i]), fabsf(right[i])));
-                most = power_of_two(fmaxf(ceilf(log_of_two(largest(most))) - 14.f, 0.f));
+#if FORM
+                const Form& form = shared.forms[step % FORMS];
+                const u32(*square)[32] = form.square + 4 * block;
+                float read[4];
+                mma_first(read, rows[0], rows[1], rows[2], rows[3], square[0][lane], square[1][lane]);
+                mma(read, rows[0], rows[1], rows[2], rows[3], square[2][lane], square[3][lane]);
 #endif
-                const float less = 1.f / most;
-                const u32 low = pack(left[0] * less, left[1] * less), high = pack(right[0] * less, right[1] * less);
-                mma_first(read, rows[0], rows[1], rows[2], rows[3], low, high);
-                mma(read, rows[0], rows[1], rows[2], rows[3],
-                    pack(left[0] * less - clear_of(low, 0), left[1] * less - clear_of(low, 1)),
-                    pack(right[0] * less - clear_of(high, 0), right[1] * less - clear_of(high, 1)));
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float linear = sums[2 + block][i % 2][lane] + sums[2 + block][i % 2 + 2][lane];
-                    const float d = REVERSE ? 1.f : now.delta[16 * reader + row + i / 2 * 8];
-                    parts.form[reader][8 * block + pair + i % 2][row + i / 2 * 8] =
-                        d * g.scale * (linear + g.scale * most * read[i]);
-                }
-            }
-        }
-#endif
-
-        // Into the state.
-#pragma unroll
-        for (int s = 0; s < CHUNK / 16; s++) {
-            u32 rows[4], phi[4];
-            load_matrix_transposed(rows, now.x + (16 * s + lane % 16) * ROW_X + lane / 16 * 8);
-            float share[4] = {1.f, 1.f, 1.f, 1.f};
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 a = rows[half], b = rows[2 + half];
-#define PRODUCT(which, LINEAR, left, right) phi[2 * half + which] = groups[which].template product<LINEAR>(left, right);
-                AS_ITS_GROUPS_ARE(PRODUCT)
-            }
-#if WEIGHED
-#pragma unroll
-            for (int i = 0; i < 4; i++) share[i] = now.share[16 * s + pair + i % 2 + i / 2 * 8] / unit;
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                phi[i] = pack(clear_of(phi[i], 0) * share[i / 2 * 2], clear_of(phi[i], 1) * share[i / 2 * 2 + 1]);
-#endif
-#pragma unroll
-            for (int j = 0; j < V / 16; j++) {
-                u32 columns[4];
-                load_matrix_transposed(columns, now.y + (16 * s + lane % 16) * ROW_Y + 16 * j + lane / 16 * 8);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-#if WEIGHED && !HALF_IS_BF16
-                    float c[4];
-                    mma_first(c, phi[0], phi[1], phi[2], phi[3], columns[2 * half], columns[2 * half + 1]);
+                    const int t = 16 * reader + 8 * half + row;
+                    const float times = NORMALIZE && !REVERSE ? g.scale * now.scalars[t] : g.scale;
+                    float total[2];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) S[2 * j + half][i] += c[i] * unit;
-#else
-                    mma(S[2 * j + half], phi[0], phi[1], phi[2], phi[3], columns[2 * half], columns[2 * half + 1]);
+                    for (int i = 0; i < 2; i++) {
+                        total[i] = o[block][2 * half + i] * unit;
+#if FORM
+                        const float times_reader = (HALF_IS_BF16 ? 1.f : form.lift) * read[2 * half + i];
+                        const float whole = form.linear[2 * block + i][lane] + g.scale * times_reader;
+                        total[i] += REVERSE ? whole : whole * reads.scalars[t];
 #endif
+                    }
+                    if (t0 + t < last)
+                        *(u32*)(out + 8 * half * g.out_t + 8 * block) = pack(total[0] * times, total[1] * times);
                 }
             }
+            out += stride * g.out_t;
+        }
 #if NORMALIZE
-            if (forms) {
+        if (forms) {
+            float Z[2][4] = {}, zk[2][4] = {};
+#pragma unroll
+            for (int s = 0; s < WARPS; s++) {
+                u32 rows[4];
+                load_matrix_transposed(rows, now.features + (16 * s + lane % 16) * ROW_X + lane / 16 * 8);
                 float e[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int t = 16 * s + pair + i % 2 + i / 2 * 8;
-                    e[i] = REVERSE ? now.delta[t] * share[i] * unit : t0 + t < last ? 1.f : 0.f;
+                    e[i] = REVERSE ? reads.scalars[t] * now.scalars[t] : t0 + t < last ? 1.f : 0.f;
                 }
                 const u32 here = pack(e[0], e[1]), there = pack(e[2], e[3]);
                 u32 here_rest = 0u, there_rest = 0u, weighed[4] = {rows[0], rows[1], rows[2], rows[3]};
@@ -415,47 +431,76 @@ EXTERN void __launch_bounds__(THREADS, V <= 64 ? 2 : 1) key_sweep(const Argument
 #pragma unroll
                 for (int block = 0; block < 2; block++) {
                     const u32 low = rows[2 * block], high = rows[2 * block + 1];
-                    float z[4], linear[4];
-                    mma_first(z, weighed[0], weighed[2], weighed[1], weighed[3], low, high);
-                    mma_first(linear, here, here_rest, there, there_rest, low, high);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        sums[block][i][lane] += z[i];
-                        sums[2 + block][i][lane] += linear[i];
-                    }
+                    mma(Z[block], weighed[0], weighed[2], weighed[1], weighed[3], low, high);
+                    mma(zk[block], here, here_rest, there, there_rest, low, high);
                 }
             }
+            keep(shared.forms[(step + 1) % 2], Z, zk);
+        }
 #endif
+        sync_block();
+        if (READER_STAGES == 1) {
+            fetch_readers(step + 1);
+            commit_copies();
         }
 
-        if (NORMALIZE && !REVERSE && warp == WARPS - 1) parts.share[lane] = now.share[lane];
+        u32 values[WARPS][4];
+#pragma unroll
+        for (int s = 0; s < WARPS; s++) {
+            load_matrix_transposed(values[s],
+                                   now.values + (16 * s + lane % 8 + lane / 16 * 8) * ROW_Y + 16 * warp + lane / 8 % 2 * 8);
+            if (WEIGHED) weigh(values[s], now.scalars + 16 * s, unit, lane);
+        }
+        if (unit != 1.f) {
+#pragma unroll
+            for (int i = 0; i < 4 * GROUPS; i++) S[i / 4][i % 4] /= unit;
+        }
+#if WIDE
+        wide_begin();
+#pragma unroll
+        for (int s = 0; s < WARPS; s++) wide_mma(S, values[s], ahead(products, 256 * GROUPS * s), false);
+        wide_commit();
+        wide_wait(S);
+#else
+#pragma unroll
+        for (int s = 0; s < WARPS; s++)
+#pragma unroll
+            for (int m = 0; m < PAIRS; m++) {
+                const Quad phi = shared.products[s][m][lane];
+                mma(S[2 * m], values[s][0], values[s][1], values[s][2], values[s][3], phi.x, phi.y);
+                mma(S[2 * m + 1], values[s][0], values[s][1], values[s][2], values[s][3], phi.z, phi.w);
+            }
+#endif
+        if (unit != 1.f) {
+#pragma unroll
+            for (int i = 0; i < 4 * GROUPS; i++) S[i / 4][i % 4] *= unit;
+        }
+        leave();
     }
-    sync_block();
-    if (chunks) reduce(chunks - 1);
 
 #if FINAL
     const bool ends = REVERSE ? first == 0 : last == length && (chunks > 0 || first == 0);
     if (ends && h % g.state_group == 0) {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-            if (places[half] >= 0)
+        for (int group = 0; group < GROUPS; group++) {
 #pragma unroll
-                for (int j = 0; j < V / 8; j++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        g.S_out[document * g.S_n + head * g.S_h + places[half] * g.S_p + 8 * j + pair + i] =
-                            S[j][2 * half + i] * factors[half];
-        if (warp == FORM_WARP) {
+            for (int i = 0; i < 4; i++) {
+                const int n = 8 * group + pair + i % 2, v = 16 * warp + row + i / 2 * 8, p = shared.places[n];
+                if (p >= 0) g.S_out[document * g.S_n + head * g.S_h + p * g.S_p + v] = S[group][i] * shared.factors[n];
+            }
+        }
+        if (forms) {
             float* to = g.z_out + document * g.z_n + head * g.z_h;
             if (lane == 0) to[0] = count;
+            float Z[2][4];
 #pragma unroll
-            for (int block = 0; block < 2; block++)
+            for (int i = 0; i < 8; i++) Z[i / 4][i % 4] = shared.sums[i / 4][i % 4][lane];
+            store_form(Z, to, order, lane);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int j = 8 * block + pair + i % 2, k = row + i / 2 * 8;
-                    if (row == 0 && i < 2) to[1 + j] = (sums[2 + block][i][lane] + sums[2 + block][i + 2][lane]) / order;
-                    if (j <= k) to[place_of(j, k)] = sums[block][i][lane] / (order * order) * (j == k ? 0.70710678118654752f : 1.f);
-                }
+            for (int i = 0; i < 4; i++) {
+                const float(&linear)[4][32] = shared.sums[2 + i / 2];
+                if (row == 0) to[1 + 8 * (i / 2) + pair + i % 2] = (linear[i % 2][lane] + linear[i % 2 + 2][lane]) / order;
+            }
         }
     }
 #endif
