@@ -62,9 +62,8 @@ class LinattnLM(HFLM):
     ):
         model, tokenizer = _load(Path(pretrained), dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(
-            pretrained=model.to(device), tokenizer=tokenizer, backend="causal", max_length=int(max_length), **options
-        )
+        options |= {"pretrained": model.to(device), "tokenizer": tokenizer, "backend": "causal"}
+        super().__init__(**options, max_length=int(max_length))  # pyright: ignore[reportCallIssue]
 
 
 @register_model("read-twice")
@@ -87,7 +86,7 @@ class ReadTwice(LM):
         self, lm: Any = None, *, inner: str = "hf", order: Order = "QCCQ", passes: int | None = None, **options: Any
     ):
         super().__init__()
-        self.lm = get_model(inner)(**options) if lm is None else lm
+        self.lm: Any = get_model(inner)(**options) if lm is None else lm
         self.order: Order = order
         self.passes = passes
         self._rank, self._world_size, self._device = self.lm.rank, self.lm.world_size, self.lm.device
@@ -200,9 +199,11 @@ def evaluate_harness(
             )
         path = Path(model)
         gguf = {"pretrained": str(path.parent), "gguf_file": path.name} if path.suffix == ".gguf" else {}
-        made = get_model("hf" if hf else "linattn")(**{"pretrained": str(model), **gguf, **options})
-        results = simple_evaluate(
-            ReadTwice(made, order=order) if order != "CQ" else made,
+        made: Any = get_model("hf" if hf else "linattn")(**{"pretrained": str(model), **gguf, **options})
+        if order != "CQ":
+            made = ReadTwice(made, order=order)  # pyright: ignore[reportCallIssue]
+        results: Any = simple_evaluate(
+            made,
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
@@ -211,8 +212,8 @@ def evaluate_harness(
         )
     return [
         row
-        for task, found in (results or {})["results"].items()
-        for row in _rows(task, order, found, (results or {})["n-samples"][task]["effective"])
+        for task, found in results["results"].items()
+        for row in _rows(task, order, found, results["n-samples"][task]["effective"])
     ]
 
 
