@@ -59,7 +59,7 @@ class BenchConfig:
     impls: tuple[str, ...] = ()
     """Implementations: linattn, linattn:BACKEND, or peers by name; none: all that can be had here."""
     peers: bool = True
-    """Whether a GPU's tables measure peers."""
+    """Whether a GPU's tables measure peers, and cpu its rivals."""
     laws: tuple[str, ...] = ()
     """Laws that the gate of a GPU's tables runs, such as parity; none: all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -221,7 +221,7 @@ def _cpu(config: BenchConfig, console: Console) -> list[Record]:
         options = {"passes": passes, "runs": runs, "record": config.record, "out": config.out, "console": console}
         cost = cpu.cost_per_token(op, lengths=lengths, **options)
         cpu.memory_per_token(op, lengths=lengths[:3], console=console)
-        rivals = cpu.against_rivals(op, **options) if op != "shortconv" else []
+        rivals = cpu.against_rivals(op, **options) if op != "shortconv" and config.peers else []
         if config.plot is not None:
             for pass_ in passes:
                 _draw([*rivals, *cost], config.plot / f"{op}-{pass_}.png", pass_, console)

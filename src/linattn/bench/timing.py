@@ -64,6 +64,7 @@ def time_calls(
     repeats: int = 7,
     warmup: int = 1,
     budget_s: float = math.inf,
+    before: int = 0,
 ) -> dict[str, Timing]:
     """Time the calls in turn: a, b, c, a, b, c, ... after ``warmup`` rounds that do not count.
 
@@ -72,6 +73,7 @@ def time_calls(
         device: "cpu", "cuda" or "cuda:1".
         repeats: rounds, at least 1.
         budget_s: after so many seconds no further round begins; three are always run (fewer if ``repeats`` is).
+        before: how often each is called, untimed, right before it is timed.
 
     Returns:
         A `Timing` for each name.
@@ -86,6 +88,8 @@ def time_calls(
         if round_ >= 3 and time.perf_counter() > deadline:
             break
         for name, call in calls.items():
+            for _ in range(before):
+                call()
             samples[name].append(_cuda_ms(call, host[name]) if cuda else _cpu_ms(call))
     return {name: summary(ms) for name, ms in samples.items()}
 
