@@ -76,8 +76,8 @@ def cost_per_token(
 ) -> list[Record]:
     """Time one mixer's torch backend at all lengths in turn, fp32, and print what a token costs at each.
 
-    Each timed call follows one of its own. What a call wrote lies in the cache until others push it out to memory: after
-    65,536 tokens that is the whole cache, and took 1,024 tokens 0.4 to 1.3 ms more than their own 1.3 to 5.
+    Each timed call follows one of its own. What a call wrote lies in the cache until others push it out to memory:
+    after 65,536 tokens that is the whole cache, and took 1,024 tokens 0.4 to 1.3 ms more than their own 1.1 to 5.
 
     Returns:
         A record a pass and length; the claim reads best_ms.
