@@ -226,6 +226,8 @@ def states_before(
     K, V = b.shape[-1], c.shape[-1]
     added = b.new_empty(fine.count, heads, K, V, dtype=torch.float32)
     before = b.new_empty(cut.count, heads, K, V, dtype=torch.float32)
+    if cu_seqlens is not None:
+        before.zero_()  # a segment behind the last document's end has a program too, which reads this and writes nothing
     settings: dict[str, Any] = {"heads": heads, "tile": plan.key, "reverse": reverse, "summary": True}
     sweep(plan, f"add{reverse}", fine, None, b, c, None, log_decay, cu_seqlens, None, added, **settings)
     optional = (initial, log_decay, cu_seqlens, fine.first, cut.first)

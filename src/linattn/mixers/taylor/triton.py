@@ -203,6 +203,8 @@ def states_before(
     sizes: dict[str, Any] = {"heads": heads, "state_heads": heads, "reverse": reverse, "summary": True}
     sweep(plan, f"add{reverse}", cut.fine, x, y, cu_seqlens=cu_seqlens, state_out=out, **sizes, **weights)
     before, views = empty_states(x, cut.count, heads, P, V)
+    if cu_seqlens is not None:
+        before.zero_()  # a segment behind the last document's end has a program too, which reads this and writes nothing
     name = f"scan{reverse}"
     run = plan.passes.get(name)
     if run is None:
