@@ -227,7 +227,7 @@ def states_before(
     added = b.new_empty(fine.count, heads, K, V, dtype=torch.float32)
     before = b.new_empty(cut.count, heads, K, V, dtype=torch.float32)
     if cu_seqlens is not None:
-        before.zero_()  # a segment behind the last document's end has a program too, which reads this and writes nothing
+        before.zero_()  # segments behind the last document have programs too, which read this and write nothing
     settings: dict[str, Any] = {"heads": heads, "tile": plan.key, "reverse": reverse, "summary": True}
     sweep(plan, f"add{reverse}", fine, None, b, c, None, log_decay, cu_seqlens, None, added, **settings)
     optional = (initial, log_decay, cu_seqlens, fine.first, cut.first)

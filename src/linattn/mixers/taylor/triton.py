@@ -204,7 +204,7 @@ def states_before(
     sweep(plan, f"add{reverse}", cut.fine, x, y, cu_seqlens=cu_seqlens, state_out=out, **sizes, **weights)
     before, views = empty_states(x, cut.count, heads, P, V)
     if cu_seqlens is not None:
-        before.zero_()  # a segment behind the last document's end has a program too, which reads this and writes nothing
+        before.zero_()  # segments behind the last document have programs too, which read this and write nothing
     name = f"scan{reverse}"
     run = plan.passes.get(name)
     if run is None:
