@@ -60,6 +60,12 @@ def segment_tokens_of(
 
 
 @triton.jit
+def of_no_document(first, length):
+    """Whether a segment is one that packed rows have room for and no document needs; its state was never written."""
+    return (first > 0) & (first >= length)
+
+
+@triton.jit
 def ends_document(first, last, length, chunks, REVERSE: tl.constexpr):
     """Whether a document's sweep ends with this segment: one alone of each, an empty document's first among them."""
     return first == 0 if REVERSE else (last == length) & ((chunks > 0) | (first == 0))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from linattn.core.dispatch import layout_of
 from linattn.core.segments import Segments, cut_segments
+from linattn.core.shapes import document_count
 from linattn.core.tiles import Launch, aligned, block_of, gathered, gradient_of, launch, launcher
 from linattn.mixers.lightning.triton_decay import _decay_gradient
 from linattn.mixers.lightning.triton_step import _step
@@ -226,8 +227,6 @@ def states_before(
     K, V = b.shape[-1], c.shape[-1]
     added = b.new_empty(fine.count, heads, K, V, dtype=torch.float32)
     before = b.new_empty(cut.count, heads, K, V, dtype=torch.float32)
-    if cu_seqlens is not None:
-        before.zero_()  # segments behind the last document have programs too, which read this and write nothing
     settings: dict[str, Any] = {"heads": heads, "tile": plan.key, "reverse": reverse, "summary": True}
     sweep(plan, f"add{reverse}", fine, None, b, c, None, log_decay, cu_seqlens, None, added, **settings)
     optional = (initial, log_decay, cu_seqlens, fine.first, cut.first)
@@ -275,10 +274,10 @@ def forward(
     """o [B, T, Ho, V] and the final S [N, H, K, V] (None unless asked for)."""
     (B, T, Hq, K), V, n_state = q.shape, v.shape[3], log_decay.shape[0]
     if T == 0:
-        final = q.new_zeros(B, n_state, K, V, dtype=torch.float32) if return_state else None
-        return q.new_empty(B, 0, max(Hq, n_state), V), final if initial is None or final is None else final.copy_(
-            initial
-        )
+        final = q.new_zeros(document_count(B, cu_seqlens), n_state, K, V, dtype=torch.float32) if return_state else None
+        if final is not None and initial is not None:
+            final.copy_(initial)
+        return q.new_empty(B, 0, max(Hq, n_state), V), final
     q, k, v = aligned(q), aligned(k), aligned(v)
     initial = None if initial is None else initial.float()
     plan = plan_of(layout_of(q, k, v, log_decay, cu_seqlens, initial), scale, tile, segments)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linattn.core.triton_parts import document_tokens, ends_document, operand, segment_tokens_of
+from linattn.core.triton_parts import document_tokens, ends_document, of_no_document, operand, segment_tokens_of
 
 
 @triton.jit
@@ -155,6 +155,9 @@ def _sweep(
     document, row, begin, length, first, last, chunks = segment_tokens_of(
         segment, cu_seqlens, segment_document, segment_start, tokens, segment_tokens, per_row, C, PACKED, SPLIT
     )
+    if PACKED and SPLIT:  # noqa: SIM102  what is known at compile time stands apart
+        if of_no_document(first, length):
+            return
 
     rows = tl.maximum(length, 1)
     b_rows = tl.make_tensor_descriptor(b + row * b_n + begin * b_t + b_head * b_h, [rows, K], [b_t, 1], [C, BK])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linattn.core.dispatch import layout_of
 from linattn.core.segments import Segments, cut_segments
+from linattn.core.shapes import document_count
 from linattn.core.tiles import Launch, aligned, block_of, gathered, gradient_of, launcher
 from linattn.mixers.taylor import cuda
 from linattn.mixers.taylor.chunked import TaylorState, n_features
@@ -203,8 +204,6 @@ def states_before(
     sizes: dict[str, Any] = {"heads": heads, "state_heads": heads, "reverse": reverse, "summary": True}
     sweep(plan, f"add{reverse}", cut.fine, x, y, cu_seqlens=cu_seqlens, state_out=out, **sizes, **weights)
     before, views = empty_states(x, cut.count, heads, P, V)
-    if cu_seqlens is not None:
-        before.zero_()  # segments behind the last document have programs too, which read this and write nothing
     name = f"scan{reverse}"
     run = plan.passes.get(name)
     if run is None:
@@ -256,7 +255,7 @@ def forward(
     """
     (B, T, Hq, F), V, n_state = q.shape, v.shape[3], max(k.shape[2], v.shape[2])
     heads, P = max(Hq, n_state), n_features(F)
-    documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    documents = document_count(B, cu_seqlens)
     o = v.new_empty(B, T, heads, V)
     share = q.new_empty(B, heads, T, dtype=torch.float32) if normalize else None
     S = z = final = None
@@ -286,7 +285,7 @@ def summarize(
     """S [N, H, P, V] and z [N, H, P] of keys and values read from nothing: rows are split over the SMs and added up."""
     (B, T, Hk, F), Hv, V = k.shape, v.shape[2], v.shape[3]
     heads, P = max(Hk, Hv), n_features(F)
-    documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    documents = document_count(B, cu_seqlens)
     if T == 0:
         zeros = [k.new_zeros(documents, heads, *sizes, dtype=torch.float32) for sizes in ((P, V), (P,))]
         return zeros[0], zeros[1]
@@ -326,7 +325,7 @@ def backward(
     if T == 0:
         return _nothing_read(dS, dz, q, k, v, S0, z0)
     heads, P, through_outputs = max(Hq, n_state), n_features(F), do is not None
-    documents = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    documents = document_count(B, cu_seqlens)
     do = q.new_zeros(B, T, heads, V) if do is None else aligned(do)
     q, k, v, cu_seqlens = aligned(q), aligned(k), aligned(v), _offsets(cu_seqlens)
     initial, seed = _sums(S0, z0), _seed(dS, dz, documents, n_state, heads, P, V)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linattn.core.triton_parts import document_tokens, ends_document, operand, segment_tokens_of
+from linattn.core.triton_parts import document_tokens, ends_document, of_no_document, operand, segment_tokens_of
 
 
 @triton.jit
@@ -250,6 +250,9 @@ def _sweep(
     document, row, begin, length, first, last, chunks = segment_tokens_of(
         segment, cu_seqlens, segment_document, segment_start, tokens, segment_tokens, per_row, C, PACKED, SPLIT
     )
+    if PACKED and SPLIT:  # noqa: SIM102  what is known at compile time stands apart
+        if of_no_document(first, length):
+            return
 
     x += row * x_n + begin * x_t + (h // X_GROUP).to(tl.int64) * x_h
     y += row * y_n + begin * y_t + (h // Y_GROUP).to(tl.int64) * y_h
