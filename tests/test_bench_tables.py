@@ -18,13 +18,13 @@ from linattn.bench.calls import entries_of
 from linattn.bench.cases import MIXERS, draw_inputs, length_of, parse_case
 from linattn.bench.costs import attention_flops, costs
 from linattn.bench.floor import Ceilings, floor_ms
-from linattn.bench.ops import bench_table
+from linattn.bench.ops import bench_table, new_record
 from linattn.bench.peers import PEERS, RIVALS, Peer, Ready, flex_call, peers_of
-from linattn.bench.record import read_records
+from linattn.bench.record import machine, read_records
 from linattn.bench.setting import HOST, Setting, in_words
 from linattn.bench.table5 import PROMPT, RNN, base_case, bench_table5
 from linattn.bench.tables import TABLES, Row, Target, table_rows, target_of
-from linattn.bench.timing import sets_beyond_cache, time_host
+from linattn.bench.timing import NOT_TIMED, Timing, sets_beyond_cache, time_host
 from linattn.core.dispatch import BackendError
 from linattn.mixers.taylor.cases import TaylorCase
 
@@ -164,6 +164,57 @@ def test_a_table_ends_where_the_gpu_no_longer_answers():
         records = bench_table("taylor", rows, peers=False, console=console, **HERE)
     assert {r.case for r in records} == {TINY["taylor"]}
     assert "no longer answers" in console.file.getvalue()
+
+
+def test_rows_that_are_compared_are_measured_in_turn_and_the_median_lap_counts():
+    """So that what the machine did before one row is not read as that row's cost."""
+    rows = [Row("b2-h2-t32-d8", section="flat"), Row(TINY["lightning"], ("fwd",)), Row("b1-h2-t64-d8", section="flat")]
+    asked, times = [], {}
+
+    def measured(calls, **options):
+        asked.append(options["repeats"])
+        ms = times.setdefault(len(asked), [9.0, 1.0, 3.0, 2.0, 5.0, 4.0, 8.0][len(asked) - 1])
+        return dict.fromkeys(calls, Timing(ms, ms, ms, ms, options["repeats"]))
+
+    options = {**HERE, "repeats": 30}
+    with mock.patch.object(ops, "time_calls", measured):
+        records = bench_table("lightning", rows, passes=["fwd"], peers=False, console=quiet(), **options)
+    assert asked == [30, *[10] * 6]
+    # Flat rows come last: the first in laps 2, 4, 6, the other in laps 3, 5, 7.
+    assert [(r.case, r.best_ms, r.p50_ms, r.runs) for r in records] == [
+        (TINY["lightning"], 9.0, 9.0, 30),
+        ("b2-h2-t32-d8", 1.0, 2.0, 30),
+        ("b1-h2-t64-d8", 3.0, 5.0, 30),
+    ]
+
+
+def test_a_row_that_fails_in_one_lap_has_no_time():
+    rows = [Row("b2-h2-t32-d8", ("fwd",), section="flat")]
+    right, calls = MIXERS["lightning"], []
+
+    def forward(inputs, **options):
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("full")
+        return right.forward(inputs, **options)
+
+    options = {"mixer": replace(right, forward=forward), "peers": False, "console": quiet()}
+    with mock.patch("linattn.bench.calls.gate", return_value="ok"):
+        (record,) = bench_table("lightning", rows, **options, **{**HERE, "repeats": 3})
+    assert math.isnan(record.p50_ms) and record.gate == "out of memory"
+
+
+def test_a_backend_that_refuses_is_no_failed_gate_unless_no_other_runs():
+    def record(impl, gate):
+        return new_record(machine("cpu"), "taylor", "b1-h2-t96-f4-v8", "fwd", impl, NOT_TIMED, verdict=gate)
+
+    for records, status in (
+        ([record("linattn", "ok"), record("linattn:cuda", "refused: needs value dims up to 128")], 0),
+        ([record("linattn", "refused")], 1),
+        ([record("linattn:cuda", "parity")], 1),
+    ):
+        with mock.patch("linattn.bench.run.bench_op", return_value=records):
+            assert run_bench(BenchConfig("taylor", device="cpu"), quiet()) == status
 
 
 def test_a_table_without_peers_has_ours_alone():

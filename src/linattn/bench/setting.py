@@ -16,6 +16,9 @@ STEPS = 1024
 ANOTHER_OP = "another op"
 """The verdict on a peer that computes something else, such as softmax attention: timed, not compared."""
 
+REFUSED = "refused"
+"""What the verdict on a backend begins with that does not take the call; another may, and then no gate has failed."""
+
 STEP_LAW = "decode_is_the_fold"
 """What another way of decoding must keep."""
 

@@ -105,6 +105,12 @@ def summary(ms: Sequence[float]) -> Timing:
     return Timing(min(ms), p20, p50, p80, len(ms))
 
 
+def over_laps(laps: Sequence[Timing]) -> Timing:
+    """One timing of several of the same call with other work between them: the median lap's percentiles."""
+    p20, p50, p80 = (float(p) for p in np.median([(t.p20_ms, t.p50_ms, t.p80_ms) for t in laps], 0))
+    return Timing(min(t.best_ms for t in laps), p20, p50, p80, sum(t.runs for t in laps))
+
+
 def rotate(calls: Sequence[Call]) -> Call:
     """One call that runs the given ones in turn: with inputs of their own, none finds its own in cache."""
     turn = 0
