@@ -50,6 +50,14 @@ def attention_flops(inputs: Mapping[str, Any]) -> float:
     return 2 * B * max(H, inputs["q"].shape[2]) * T * T * V
 
 
+def state_numbers(case: TaylorCase | LightningCase) -> int:
+    """Numbers in one row's State."""
+    if isinstance(case, LightningCase):
+        return (case.state_heads or case.heads) * case.key_dim * case.value_dim
+    state_heads = max(case.k_heads or case.heads, case.v_heads or case.heads)
+    return state_heads * n_features(case.feature_dim) * (case.value_dim + 1)
+
+
 def _tokens(q: int, k: int, v: int, o: int, pass_: Pass) -> int:
     """Numbers moved a token, of q, k, v and o numbers a token."""
     return 3 * (q + k + v) + 2 * o if pass_ == "fwdbwd" else q + k + v + o
@@ -77,7 +85,7 @@ def _taylor(case: TaylorCase, pass_: Pass, size: int) -> Costs:
     rows = case.batch * (1 if pass_ == "step" else case.length)
     moved = rows * size * _tokens(hq * F, hk * F, hv * V, max(hq, state_heads) * V, pass_)
     if pass_ == "step":
-        moved += 2 * rows * state_heads * P * (V + 1) * _sum_size(size)
+        moved += 2 * rows * state_numbers(case) * _sum_size(size)
     return Costs(moved, _linear(rows, max(hq, state_heads), F, columns, P, pass_))
 
 
@@ -101,7 +109,7 @@ def _lightning(case: LightningCase, pass_: Pass, size: int) -> Costs:
     rows = case.batch * (1 if pass_ == "step" else case.length)
     moved = rows * size * _tokens(hq * D, hk * D, hv * V, out_heads * V, pass_)
     if pass_ == "step":
-        moved += 2 * rows * state_heads * D * V * _sum_size(size)
+        moved += 2 * rows * state_numbers(case) * _sum_size(size)
     return Costs(moved, _linear(rows, out_heads, D, V, D, pass_))
 
 

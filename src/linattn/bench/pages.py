@@ -17,12 +17,14 @@ import torch
 
 from linattn.bench import plot, table5
 from linattn.bench.cases import parse_case
-from linattn.bench.costs import costs
+from linattn.bench.costs import costs, state_numbers
 from linattn.bench.model_pages import prefill_page, prefill_panels, train_page, training_panels
 from linattn.bench.page_parts import heading, label, markdown, ms, ratio
 from linattn.bench.record import Record, read_records
 from linattn.bench.setting import HOST, IN_GRAPH
 from linattn.bench.tables import TABLES, Section, target_of
+from linattn.mixers.lightning.cases import LightningCase
+from linattn.mixers.taylor.cases import TaylorCase
 
 DOCS = Path("docs/results")
 CHARTS = {(op, pass_) for op in TABLES for pass_ in ("fwd", "fwdbwd")}
@@ -35,6 +37,10 @@ FLAT, SPLIT = 1.10, 1.5
 """Dearest over cheapest token that is promised while rows times heads fill the SMs, and where a sequence is split."""
 FULL = 128
 """Rows times heads from which they do."""
+FLAT_WORDS = (
+    "As many tokens in every row of the table, in texts of growing length; each row is the median of laps over all of "
+    "them. Forward writes the State of every text: x bytes is what short texts move for that."
+)
 
 
 def write_pages(results: Path, docs: Path = DOCS, say: Callable[[str], object] = print) -> list[Path]:
@@ -147,7 +153,7 @@ def op_page(records: Sequence[Record], source: str) -> str:
     if memory:
         parts += ["## Memory of forward and backward", HELD, memory]
     if sections["flat"]:
-        parts += ["## A token's cost at any length", flat_table(sections["flat"])]
+        parts += ["## A token's cost at any length", FLAT_WORDS, flat_table(sections["flat"])]
     absent = [r for r in records if math.isnan(r.p50_ms)]
     if absent:
         lines = [f"- {r.case} {r.pass_}, {label(r.impl)}: {r.gate}" for r in absent]
@@ -214,9 +220,19 @@ def flat_table(records: Sequence[Record]) -> str:
             limit = FLAT if _full(r.case) else SPLIT
             times = cost[r.case] / least
             verdict = "yes" if times <= limit else "no"
-            rows.append([r.case, pass_, ms(r.p50_ms), f"{cost[r.case]:.3f}", f"{times:.2f}", f"{limit:g}", verdict])
-    columns = ["case", "pass", "ms", "ns a token and head", "x cheapest", "promised", "reached"]
+            cells = [r.case, pass_, ms(r.p50_ms), f"{cost[r.case]:.3f}", f"{_with_states(r):.2f}"]
+            rows.append([*cells, f"{times:.2f}", f"{limit:g}", verdict])
+    columns = ["case", "pass", "ms", "ns a token and head", "x bytes", "x cheapest", "promised", "reached"]
     return markdown(columns, rows)
+
+
+def _with_states(record: Record) -> float:
+    """The bytes of a forward with the fp32 States that it writes over those without; with backward it writes none."""
+    case = parse_case(record.op, record.case)
+    assert isinstance(case, TaylorCase | LightningCase)
+    if record.pass_ == "fwdbwd":
+        return 1.0
+    return 1 + case.batch * state_numbers(case) * 4 / costs(case, "fwd", getattr(torch, record.dtype)).bytes
 
 
 def table5_page(records: Sequence[Record], source: str) -> str:
