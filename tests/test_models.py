@@ -1,10 +1,13 @@
 """The decoder: published sizes, padding anywhere, packing, decoding, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from linattn.core.config import config_hash, from_data, to_data
 from linattn.core.numerics import relative_error
+from linattn.core.shapes import Segment
 from linattn.models import (
     PUBLISHED,
     BasedConfig,
@@ -177,6 +180,102 @@ def test_decoding_is_the_fold(model):
     assert model.take(pool, slots).tokens.tolist() == [30, 30]
 
 
+PLACES = {
+    "plain": {},
+    "mask": {"mask": torch.tensor([[True] * 12, [False] * 3 + [True] * 4 + [False] * 3 + [True] * 2])},
+    "packed": {"cu_seqlens": torch.tensor([0, 5, 5, 24], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_the_embeddings_of_tokens_are_the_tokens(model, place, logits):
+    """Bitwise: outputs, and every leaf of the state; from nothing, and after a state."""
+    options = {**PLACES[place], "logits": logits, "return_state": True}
+    tokens = draw(1, 24) if place == "packed" else draw(2, 12)
+    first = prefix(model, *((4, 0, 9) if place == "packed" else (4, 6)))
+    want, got = (model(x, **options, **first) for x in (tokens, model.embedding(tokens)))
+    for _ in range(2):
+        assert torch.equal(got.hidden, want.hidden)
+        assert torch.equal(got.logits.nan_to_num(), want.logits.nan_to_num())
+        same = []
+        map_model_state(lambda a, b, same=same: same.append(torch.equal(a, b)), got.state, want.state)
+        assert all(same) and len(same) > len(model.blocks)
+        want, got = (model(x, state=want.state, **options) for x in (tokens, model.embedding(tokens)))
+
+
+def test_embeddings_of_a_model_that_scales_are_scaled_already():
+    config = TransNormerConfig(n_layers=2, d_model=32, n_heads=2, head_dim=16, d_hidden=48, vocab_size=50)
+    model = build_model(replace(config, scale_embedding=True))
+    tokens = draw(2, 9)
+    assert model.embedding.scale == 32**0.5
+    assert torch.equal(model(model.embedding(tokens)).logits, model(tokens).logits)
+    assert relative_error(model(model.embedding.weight[tokens]).logits, model(tokens).logits) > 1e-2
+
+
+def test_embeddings_keep_their_precision_and_nothing_is_written_to_them():
+    """fp32 vectors are not rounded to 16-bit weights, and 16-bit ones widen: the stream is fp32."""
+    model = build_model(tiny("transnormer")).bfloat16()
+    rounded = model.embedding(draw(1, 9)).detach()
+    fine = rounded.float() * (1 + 2**-12)
+    for given in (rounded, fine):
+        kept = given.clone()
+        states = model(given, return_hidden_states=True).hidden_states
+        assert {x.dtype for x in states} == {torch.float32}
+        assert torch.equal(states[0], kept.float()) and torch.equal(given, kept)
+
+
+def test_hidden_states_are_what_each_block_reads_and_the_norm_gives(model):
+    """Block by block: each reads the one before, the final norm the last block's, the head the norm's."""
+    tokens = draw(2, 11)
+    out = model(tokens, return_hidden_states=True, **prefix(model, 3, 8))
+    states = out.hidden_states
+    assert len(states) == len(model.blocks) + 1
+    assert {tuple(x.shape) for x in states} == {(2, 11, 32)}
+    segment = Segment(torch.arange(11).expand(2, 11), None, prefix(model, 3, 8).get("prefix_lengths"))
+    x = model.embedding(tokens)
+    for block, state in zip(model.blocks, states, strict=False):
+        assert torch.equal(state, x)
+        x, _ = block(x, None, segment, False, torch.float64)
+    assert torch.equal(states[-1], model.norm(x)) and torch.equal(out.logits, model.logits(states[-1]))
+
+
+def test_hidden_states_are_kept_only_when_asked_for(model):
+    tokens = draw(2, 11)
+    plain, asked = model(tokens, return_state=True), model(tokens, return_state=True, return_hidden_states=True)
+    assert plain.hidden_states is None and asked.hidden_states[-1] is asked.hidden
+    assert torch.equal(asked.logits, plain.logits)
+
+
+def test_hidden_states_of_padded_and_packed_rows_are_the_rows_alone(model):
+    tokens, mask = draw(2, 12), PLACES["mask"]["mask"]
+    keep = {"return_hidden_states": True, "logits": "last"}
+    padded = model(tokens, mask=mask, **keep, **prefix(model, 4, 6)).hidden_states
+    ragged, cu = tokens[mask][None], torch.tensor([0, 12, 18], dtype=torch.int32)
+    packed = model(ragged, cu_seqlens=cu, **keep, **prefix(model, 4, 6)).hidden_states
+    assert {tuple(x.shape) for x in padded} == {(2, 12, 32)} and {tuple(x.shape) for x in packed} == {(1, 18, 32)}
+    for row, length in ((0, 4), (1, 6)):
+        alone = model(tokens[row, mask[row]][None], **keep, **prefix(model, length)).hidden_states
+        for x, y, want in zip(padded, packed, alone, strict=True):
+            assert relative_error(x[row, mask[row]], want[0]) < 1e-12
+            assert relative_error(y[0, cu[row] : cu[row + 1]], want[0]) < 1e-12
+
+
+def test_gradients_reach_embeddings_and_come_from_hidden_states(model):
+    gradients = []
+    for recompute in (False, True):
+        model.checkpoint_blocks = recompute
+        given = model.embedding(draw(2, 12)).detach().requires_grad_()
+        out = model(given, return_hidden_states=True)
+        (out.logits.logsumexp(-1).mean() + out.hidden_states[1].square().mean()).backward()
+        gradients.append(given.grad)
+    assert gradients[0].abs().amax(2).min() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+    given = given.detach().requires_grad_()
+    model(given, return_hidden_states=True).logits.logsumexp(-1).mean().backward()
+    assert relative_error(given.grad, gradients[0]) > 1e-3
+
+
 def test_the_state_is_constant_but_for_the_baseline(model):
     sizes = [model_state_bytes(model(draw(1, n), return_state=True).state) for n in (20, 60)]
     constant = not isinstance(model.blocks[0].mixer.mixer.name, str) or model.blocks[0].mixer.mixer.name != "softmax"
@@ -260,6 +359,15 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
 
 
+def test_embeddings_and_hidden_states_compile_as_one_graph():
+    torch.manual_seed(0)
+    model = build_model(tiny("based"))
+    given = model.embedding(draw(2, 16)).detach()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    want, got = (m(given, return_hidden_states=True).hidden_states for m in (model, compiled))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -270,6 +378,11 @@ def test_compiles_as_one_graph():
         ({"cu_seqlens": torch.tensor([0, 3])}, "must run from 0 to the 2 tokens given"),
         ({"tokens": torch.tensor([1, 2])}, r"int64 of shape \[B, T\], got torch.int64 \[2\]"),
         ({"tokens": torch.tensor([[1.0]])}, "int64 of shape"),
+        ({"tokens": torch.ones(1, 2, 31)}, r"embeddings \[B, T, 32\] as model.embedding.*float32 \[1, 2, 31\]"),
+        ({"tokens": torch.ones(2, 32)}, r"embeddings \[B, T, 32\].*float32 \[2, 32\]"),
+        ({"tokens": torch.ones(1, 2, 32, dtype=torch.int64)}, r"int64 of shape \[B, T\], got torch.int64 \[1, 2, 32\]"),
+        ({"tokens": torch.ones(1, 0, 32)}, r"at least one token, got shape \[1, 0, 32\]"),
+        ({"tokens": torch.ones(1, 2, 32), "mask": torch.ones(1, 3, dtype=torch.bool)}, r"mask must be \[1, 2\]"),
         ({"logits": "bogus"}, "'all', 'last' or 'none', got 'bogus'"),
     ],
 )

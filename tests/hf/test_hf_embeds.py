@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hf_tiny import GREEDY, left_padded, make, prompts
+from hf_tiny import CONFIGS, GREEDY, left_padded, make, prompts
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from linattn.hf import LinattnCache
@@ -144,15 +144,20 @@ def test_vectors_of_another_shape_are_refused(model):
         model()
 
 
-def test_a_call_leaves_no_hook_behind_even_if_it_fails(model, monkeypatch):
+def test_a_call_that_fails_leaves_the_model_as_it_was(model, monkeypatch):
     given = vectors(model, prompts())
+    with torch.no_grad():
+        plain = model(prompts()).logits
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(inputs_embeds=given, attention_mask=torch.ones(2, 5))
     monkeypatch.setattr(model.model.blocks[-1], "forward", _broken)
     with pytest.raises(RuntimeError, match="planted"):
         model(inputs_embeds=given, output_hidden_states=True)
+    monkeypatch.undo()
     hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert hooked == []
+    with torch.no_grad():
+        assert torch.equal(model(prompts()).logits, plain)
 
 
 def _broken(*args):
@@ -240,3 +245,46 @@ def test_hidden_states_of_16_bit_weights_are_the_fp32_stream():
     with torch.no_grad():
         states = model(prompts(), output_hidden_states=True).hidden_states
     assert {x.dtype for x in states} == {torch.float32}
+
+
+# ---- torch.compile: the backends are eager, the tracing real
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_compiled_call_on_vectors_with_hidden_states_is_one_graph(name):
+    torch._dynamo.reset()
+    model = make(name)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    given, results = vectors(model, prompts()), []
+    with torch.no_grad():
+        for m in (model, compiled):
+            out = m(inputs_embeds=given, past_key_values=LinattnCache(), output_hidden_states=True)
+            step = m(inputs_embeds=given[:, :1], past_key_values=out.past_key_values, output_hidden_states=True)
+            results.append((out.logits, *out.hidden_states, step.logits, *step.hidden_states))
+    assert len(results[1]) == 2 * (model.config.num_hidden_layers + 2)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+
+
+def test_a_compiled_call_on_padded_tokens_with_hidden_states_is_one_graph():
+    torch._dynamo.reset()
+    model = make("based")
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "use_cache": False, "output_hidden_states": True}
+    with torch.no_grad():
+        want, got = ([x[mask.bool()] for x in m(prompts(), **options).hidden_states] for m in (model, compiled))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_gradients_reach_the_vectors_of_a_compiled_call():
+    torch._dynamo.reset()
+    model = make("based")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    gradients = []
+    for m in (model, compiled):
+        given = vectors(model, prompts()).requires_grad_()
+        out = m(inputs_embeds=given, labels=prompts(), use_cache=False, output_hidden_states=True)
+        (out.loss + out.hidden_states[1].square().mean()).backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)

@@ -18,7 +18,7 @@ def padding_mask(attention_mask: Any, tokens: Tensor, read: int) -> Tensor | Non
     Args:
         attention_mask: None; 2-D over these tokens, or over the ``read`` columns before and these; a dict of masks by
             layer type, whose entries are such or transformers' 4-D causal masks [B, 1, T, columns].
-        tokens: int64 [B, T].
+        tokens: int64 [B, T], or vectors [B, T, d_model].
         read: columns in the cache.
 
     Raises:
@@ -30,7 +30,7 @@ def padding_mask(attention_mask: Any, tokens: Tensor, read: int) -> Tensor | Non
         attention_mask = (flat or [_diagonal(mask, tokens.shape[1]) for mask in masks] or [None])[0]
     if attention_mask is None:
         return None
-    B, T = tokens.shape
+    B, T = tokens.shape[:2]
     if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] not in (T, read + T):
         whole = f" or {[B, read + T]}, with the {read} columns before them" if read else ""
         raise ValueError(

@@ -22,7 +22,6 @@ from linattn.hf.cache import LinattnCache, check_cache
 from linattn.hf.configuration import STUB, LinattnConfig
 from linattn.hf.generation import LinattnGenerationMixin
 from linattn.hf.inputs import document_lengths, given_prefix, packed_documents, padding_mask
-from linattn.hf.taps import tapped_forward
 from linattn.models import Decoder, ModelConfig, ModelState, build_model
 
 logger = logging.get_logger(__name__)
@@ -158,38 +157,16 @@ class LinattnForCausalLM(PreTrainedModel, LinattnGenerationMixin):
             ValueError: arguments that do not fit one another, with the fix.
         """
         _check(input_ids, inputs_embeds, self.config.hidden_size, past_key_values, output_attentions)
-        tokens = cast(Tensor, input_ids)
-        if inputs_embeds is not None:
-            tokens = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
-        cache = past_key_values
+        given = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+        documents = self._documents(given, attention_mask, position_ids, prefix_length, past_key_values)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        read = 0 if cache is None else cache.get_seq_length()
-        mask = padding_mask(attention_mask, tokens, read)
-        cu_seqlens = None
-        if position_ids is not None and tokens.shape[1] > 1:
-            cu_seqlens = packed_documents(position_ids, tokens.shape, mask, read)  # pyright: ignore[reportCallIssue]
-            use_cache = use_cache and cu_seqlens is None
-        keep = use_cache or cache is not None
-        prefix = self._prefix_lengths(prefix_length, cache, document_lengths(tokens, mask, cu_seqlens))
-        record = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        options: dict[str, Any] = {
-            "state": None if cache is None else cache.state,
-            "mask": mask,
-            "cu_seqlens": cu_seqlens,
-            "prefix_lengths": prefix,
-            "logits": "none",
-            "return_state": keep,
-        }
-        row = tokens if cu_seqlens is None else tokens.reshape(1, -1)
-        if inputs_embeds is None and not record:
-            out, streams = self.model(row, **options), []
-        else:
-            out, streams = tapped_forward(self.model, row, inputs_embeds, bool(record), **options)
-        if keep:
-            cache = LinattnCache() if cache is None else cache
-            cache.advance(cast(ModelState, out.state), tokens.shape[1])
-        hidden = out.hidden.view(*tokens.shape, -1)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = past_key_values
+        if cache is None and use_cache and documents["cu_seqlens"] is None:
+            cache = LinattnCache()
+        hidden, hidden_states = self._read(given, documents, cache, bool(output_hidden_states))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(hidden[:, kept])
         loss = None
@@ -198,11 +175,42 @@ class LinattnForCausalLM(PreTrainedModel, LinattnGenerationMixin):
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=cast(Any, logits),
-            past_key_values=cache if keep else None,
-            hidden_states=cast(Any, (*(x.view(hidden.shape) for x in streams), hidden)) if record else None,
+            loss=loss, logits=cast(Any, logits), past_key_values=cache, hidden_states=cast(Any, hidden_states)
         )
+
+    def _documents(
+        self,
+        given: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        prefix_length: int | Tensor | None,
+        cache: LinattnCache | None,
+    ) -> dict[str, Tensor | None]:
+        """Which of the tokens or vectors ``given`` [B, T, ...] are real, and whose: arguments of `Decoder.forward`."""
+        read = 0 if cache is None else cache.get_seq_length()
+        mask = padding_mask(attention_mask, given, read)
+        cu_seqlens = None
+        if position_ids is not None and given.shape[1] > 1:
+            cu_seqlens = packed_documents(position_ids, given.shape[:2], mask, read)  # pyright: ignore[reportCallIssue]
+        prefix = self._prefix_lengths(prefix_length, cache, document_lengths(given, mask, cu_seqlens))
+        return {"mask": mask, "cu_seqlens": cu_seqlens, "prefix_lengths": prefix}
+
+    def _read(
+        self, given: Tensor, documents: dict[str, Tensor | None], cache: LinattnCache | None, record: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """hidden [B, T, d_model] of ``given`` [B, T, ...], and if ``record`` its hidden states; the cache goes on."""
+        out = self.model(
+            given if documents["cu_seqlens"] is None else given.flatten(0, 1)[None],
+            **documents,
+            state=None if cache is None else cache.state,
+            logits="none",
+            return_state=cache is not None,
+            return_hidden_states=record,
+        )
+        if cache is not None:
+            cache.advance(cast(ModelState, out.state), given.shape[1])
+        hidden = out.hidden.view(*given.shape[:2], -1)
+        return hidden, None if out.hidden_states is None else tuple(x.view(hidden.shape) for x in out.hidden_states)
 
     def _prefix_lengths(self, given: int | Tensor | None, cache: LinattnCache | None, lengths: Tensor) -> Tensor | None:
         longest = self.model.config.prefix_length

@@ -73,11 +73,15 @@ class ModelState(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward pass returns: hidden [B, T, d_model], logits as asked for, and the state if asked for."""
+    """What a forward pass returns: hidden [B, T, d_model], logits as asked for, and what else was asked for.
+
+    hidden_states: n_layers + 1 tensors of hidden's shape: the residual stream before each block, and hidden itself.
+    """
 
     hidden: Tensor
     logits: Tensor | None
     state: ModelState | None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Packing(NamedTuple):
@@ -206,29 +210,30 @@ class Decoder(nn.Module):
         prefix_lengths: Tensor | None = None,
         logits: Literal["all", "last", "none"] = "all",
         return_state: bool = False,
+        return_hidden_states: bool = False,
         scan: Any = None,
     ) -> Output:
-        """Read tokens int64 [B, T] after ``state``.
+        """Read tokens int64 [B, T], or the embeddings that stand for them, after ``state``.
 
         Args:
+            tokens: int64 [B, T]; or floats [B, T, d_model] as ``model.embedding`` returns them, that is, scaled where
+                the model scales. Gradients reach them.
             mask: bool [B, T], False on pads, wherever they are; padding is exact. The outputs of pads mean nothing.
             cu_seqlens: int32 [N+1], documents packed in one row (B = 1). Not together with mask.
             prefix_lengths: int64 [B] or [N], for prefix models, on the first call of a document only.
             logits: "all" [B, T, vocab]; "last" [N, vocab], each document's last token's (NaN where
                 a document has none); "none".
             return_state: whether to return the state after these tokens (N = B rows, or N documents).
+            return_hidden_states: whether to keep and return what stands between the blocks: see `Output`.
             scan: distributed/sequence.py's scan over ranks.
 
         Raises:
-            ValueError: arguments that do not fit one another; a token outside the vocabulary (checked on the CPU).
+            ValueError: arguments that do not fit one another; embeddings of another width than d_model; a token outside
+                the vocabulary (checked on the CPU).
         """
-        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"tokens must be int64 of shape [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        B, T = self._check_tokens(tokens)
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits must be 'all', 'last' or 'none', got {logits!r}")
-        B, T = tokens.shape
-        if T == 0 or B == 0:
-            raise ValueError(f"tokens must hold at least one token, got shape {list(tokens.shape)}")
         if mask is not None and cu_seqlens is not None:
             raise ValueError("give mask or cu_seqlens, not both: a packed batch has no pads")
         if cu_seqlens is not None:
@@ -238,26 +243,39 @@ class Decoder(nn.Module):
         self._check_rows(document_count(B, cu_seqlens), state, prefix_lengths)
         packing = None
         if mask is not None:
-            if mask.shape != tokens.shape:
-                raise ValueError(f"mask must be {list(tokens.shape)} as the tokens are, got {list(mask.shape)}")
+            if mask.shape != (B, T):
+                raise ValueError(f"mask must be {[B, T]} as the tokens are, got {list(mask.shape)}")
             packing = pack(mask.bool())
-            tokens, cu_seqlens = tokens.flatten()[packing.order][None], packing.cu_seqlens
+            tokens, cu_seqlens = tokens.flatten(0, 1)[packing.order][None], packing.cu_seqlens
             state = _with_pads(state)
             if prefix_lengths is not None:
                 prefix_lengths = torch.cat([prefix_lengths, prefix_lengths.new_zeros(1)])
         segment = Segment(self._positions(tokens, state, cu_seqlens), cu_seqlens, prefix_lengths, scan)
-        hidden, layers = self._run(tokens, state, segment, return_state)
-        after = None
-        if return_state:
-            read = segment.positions.new_zeros(B) if state is None and cu_seqlens is None else None
-            read = self._read_before(state, segment) if read is None else read
-            grown = segment.positions.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
-            after = ModelState(read + grown, layers)
-        if packing is None:
-            return Output(hidden, self._some_logits(hidden, cu_seqlens, logits), after)
-        last = self._some_logits(hidden, cu_seqlens, "last")[:-1] if logits == "last" else None
-        hidden = hidden[0, packing.place].unflatten(0, (B, T))
-        return Output(hidden, self._some_logits(hidden, None, logits) if last is None else last, _without_pads(after))
+        hidden, layers, between = self._run(tokens, state, segment, return_state, return_hidden_states)
+        after = self._state_after(state, segment, layers) if return_state else None
+        last = None
+        if packing is not None:
+            if logits == "last":
+                last = self._some_logits(hidden, cu_seqlens, "last")[:-1]
+            hidden, *between = [x[0, packing.place].unflatten(0, (B, T)) for x in (hidden, *between)]
+            after, cu_seqlens = _without_pads(after), None
+        found = self._some_logits(hidden, cu_seqlens, logits) if last is None else last
+        return Output(hidden, found, after, (*between, hidden) if return_hidden_states else None)
+
+    def _check_tokens(self, tokens: Tensor) -> tuple[int, int]:
+        """(B, T) of tokens, or of embeddings in their place."""
+        d = self.config.d_model
+        ids = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32)
+        embeddings = tokens.ndim == 3 and tokens.shape[2] == d and tokens.is_floating_point()
+        if not (ids or embeddings):
+            raise ValueError(
+                f"tokens must be embeddings [B, T, {d}] as model.embedding returns them, or int64 of shape [B, T], "
+                f"got {tokens.dtype} {list(tokens.shape)}"
+            )
+        B, T = tokens.shape[:2]
+        if T == 0 or B == 0:
+            raise ValueError(f"tokens must hold at least one token, got shape {list(tokens.shape)}")
+        return B, T
 
     def _check_rows(self, rows: int, state: ModelState | None, prefix_lengths: Tensor | None) -> None:
         if state is not None and len(state.layers) != len(self.blocks):
@@ -275,38 +293,45 @@ class Decoder(nn.Module):
         if values_are_checked(prefix_lengths) and ((prefix_lengths < 0) | (prefix_lengths > longest)).any():
             raise ValueError(f"prefix_lengths must lie in 0 to {longest}, got {prefix_lengths.tolist()}")
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream before the first block, of tokens or of embeddings: fp32, or the weights' float64."""
+        x = tokens if tokens.is_floating_point() else self.embedding(tokens)
+        return x.double() if self.embedding.weight.dtype == torch.float64 else x.float()
+
     def _run(
-        self, tokens: Tensor, state: ModelState | None, segment: Segment, return_state: bool
-    ) -> tuple[Tensor, tuple[Any, ...]]:
+        self, tokens: Tensor, state: ModelState | None, segment: Segment, return_state: bool, keep: bool
+    ) -> tuple[Tensor, tuple[Any, ...], list[Tensor]]:
+        """The last norm's output, a State a layer, and if ``keep`` the residual stream before each block, else []."""
         dtype = self.embedding.weight.dtype
-        x = self.embedding(tokens)
-        x = x if dtype == torch.float64 else x.float()
-        layers = []
+        x = self._embed(tokens)
+        layers, between = [], []
         for i, block in enumerate(self.blocks):
+            if keep:
+                between.append(x)
             before = None if state is None else state.layers[i]
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, after = checkpoint(block, x, before, segment, return_state, dtype, use_reentrant=False)
             else:
                 x, after = block(x, before, segment, return_state, dtype)
             layers.append(after)
-        return self.norm(x), tuple(layers)
+        return self.norm(x), tuple(layers), between
 
     @staticmethod
     def _positions(tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         if cu_seqlens is None:
-            places = places.expand(tokens.shape)
+            places = places.expand(tokens.shape[:2])
             return places if state is None else places + state.tokens[:, None]
         document = document_of_token(cu_seqlens, tokens.shape[1])
         inside = places - cu_seqlens[document].long()
         return (inside if state is None else inside + state.tokens[document])[None]
 
     @staticmethod
-    def _read_before(state: ModelState | None, segment: Segment) -> Tensor:
-        if state is not None:
-            return state.tokens
-        assert segment.cu_seqlens is not None
-        return torch.zeros_like(segment.cu_seqlens[1:], dtype=torch.int64)
+    def _state_after(before: ModelState | None, segment: Segment, layers: tuple[Any, ...]) -> ModelState:
+        B, T = segment.positions.shape
+        packed = segment.cu_seqlens
+        read = segment.positions.new_full((B,), T) if packed is None else packed.diff().long()
+        return ModelState(read if before is None else before.tokens + read, layers)
 
     def _some_logits(self, hidden: Tensor, cu_seqlens: Tensor | None, which: str) -> Any:
         if which == "none":
@@ -350,8 +375,7 @@ class Decoder(nn.Module):
         rows = pool_rows(pool.tokens, slots)
         positions = pool.tokens.index_select(0, rows)
         dtype = self.embedding.weight.dtype
-        x = self.embedding(tokens)
-        x = x if dtype == torch.float64 else x.float()
+        x = self._embed(tokens)
         for block, room in zip(self.blocks, pool.layers, strict=True):
             x = block.step_(x, room, slots, positions, dtype)
         pool.tokens.index_copy_(0, rows, positions + 1)
