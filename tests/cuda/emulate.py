@@ -13,11 +13,12 @@ from pathlib import Path
 from linattn.mixers.taylor import cuda
 from linattn.mixers.taylor import triton as kernels
 
-EMULATOR = Path(__file__).parent / "emulator.h"
+EMULATOR, FIBERS = (Path(__file__).with_name(f"emulator.{x}").read_text() for x in ("h", "cpp"))
 ENTRY = """
-extern "C" const char* run(int grid_x, int grid_y, const Arguments* given) {
-    const Arguments arguments = *given;
-    return emulated::launch(grid_x, grid_y, THREADS, [arguments] { %s(arguments); });
+static const Arguments* given;
+extern "C" const char* run(int grid_x, int grid_y, const Arguments* arguments) {
+    given = arguments;
+    return emulated::launch(grid_x, grid_y, THREADS, [] { %s(*given); }, __start_dynamic_shared, __stop_dynamic_shared);
 }
 extern "C" int threads() { return THREADS; }
 extern "C" int shared_bytes() { return int(__stop_dynamic_shared - __start_dynamic_shared); }
@@ -28,32 +29,39 @@ class EmulationError(RuntimeError):
     """A kernel did what a GPU would not do, or would hang at."""
 
 
-def build(folder, kernel, defines, edit=None):
-    """The library whose ``run`` launches ``kernel``, kept in ``folder`` under what it was made of.
-
-    edit: (file, old, new), one place in one of the kernel's files that reads otherwise.
-    """
-    text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + EMULATOR.read_text()
-    for name in ("features.cuh", f"{kernel}.cu"):
-        source = (cuda.FOLDER / name).read_text()
-        if edit is not None and edit[0] == name:
-            if source.count(edit[1]) != 1:
-                raise ValueError(f"{name} has {source.count(edit[1])} places that read {edit[1]!r}, not one")
-            source = source.replace(*edit[1:])
-        text += source
-    text += ENTRY % kernel
-    made = folder / f"{kernel}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    if not made.exists():
-        code, part = made.with_suffix(f".{os.getpid()}.cpp"), made.with_suffix(f".{os.getpid()}")
+def made(folder, name, text, *options):
+    """What g++ makes of a text, kept in ``folder`` under what it was made of."""
+    key = hashlib.sha256("\n".join((text, *options)).encode()).hexdigest()[:16]
+    output = folder / f"{key}-{name}"
+    if not output.exists():
+        code, part = output.with_suffix(f".{os.getpid()}.cpp"), output.with_suffix(f".{os.getpid()}")
         code.write_text(text)
-        # The sanitizer's calls end in emulator.h, which tells the test: its own library would only print.
-        options = ["-std=c++17", "-shared", "-fPIC", "-O1", "-w", "-fsanitize=alignment"]
-        command = ["g++", *options, "-o", str(part), str(code)]
+        command = ["g++", "-std=c++17", "-fPIC", "-w", *options, "-o", str(part), str(code)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{code} did not compile:\n{done.stderr[:3000]}")
-        part.replace(made)
-    library = ctypes.CDLL(str(made))
+        part.replace(output)
+    return output
+
+
+def build(folder, kernel, defines, edit=None):
+    """The library whose ``run`` launches ``kernel``.
+
+    edit: (file, old, new), one place in one of the kernel's files that reads otherwise.
+    """
+    half = f"-DHALF_IS_BF16={defines['HALF_IS_BF16']}"
+    fibers = made(folder, "emulator.o", FIBERS.replace('#include "emulator.h"\n', EMULATOR), "-c", "-O2", half)
+    text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + EMULATOR
+    for path in cuda.sources_of(kernel):
+        source = path.read_text()
+        if edit is not None and edit[0] == path.name:
+            if source.count(edit[1]) != 1:
+                raise ValueError(f"{path.name} has {source.count(edit[1])} places that read {edit[1]!r}, not one")
+            source = source.replace(*edit[1:])
+        text += source
+    # The sanitizer's calls end in emulator.cpp, which tells the test: its own library would only print.
+    options = ("-O0", "-fsanitize=alignment", "-shared", str(fibers))
+    library = ctypes.CDLL(str(made(folder, f"{kernel}.so", text + ENTRY % kernel, *options)))
     library.run.restype = ctypes.c_char_p
     return library
 

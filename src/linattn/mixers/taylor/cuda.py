@@ -24,6 +24,11 @@ WIDE = {"value_sweep": range(64, 129, 16), "key_sweep": (64,)}
 """The value dims at which a sweep's products with the state are wgmma's."""
 
 
+def sources_of(kernel: str) -> tuple[Path, ...]:
+    """The files that a kernel is compiled from, in order."""
+    return tuple(FOLDER / name for name in ("features.cuh", "sweep.cuh", f"{kernel}.cu"))
+
+
 def is_wide(kernel: str, V: int, capability: tuple[int, int]) -> bool:
     """Whether a sweep's products with the state are wgmma's, which four warps make at once: of 64 value columns."""
     return capability == (9, 0) and V in WIDE[kernel]
@@ -47,15 +52,14 @@ def threads_of(V: int, wide: bool = False) -> int:
 def shared_bytes(kernel: str, V: int, output: bool = True, wide: bool = False) -> int:
     """Dynamic shared memory of a block: `Shared` of the kernel."""
     chunk = chunk_of(V, wide)
+    form, layout = 8 * 32 * 4 + 8 * 8 + 8, 160 * 12
     if kernel == "value_sweep":
         stage = 2 * chunk * ((2 if output else 1) * 24 + V + 8) + 8 * chunk
-        form = 2 * (8 * 32 * 4 + 16 * 4 + 4)
-        outputs = V // 16 * (5120 + 4) + chunk // 16 * 32 * (V + 8) + form if output else 0
+        outputs = V // 16 * (5120 + 4) + chunk // 16 * 32 * (V + 8) + 2 * form if output else 0
         sums = (1 if output else chunk // 16) * 12 * 32 * 4 + chunk // 16 * 4
-        return 2 * stage + chunk // 16 * 5120 + outputs + sums + 160 * 12 + 16
+        return 2 * stage + chunk // 16 * 5120 + outputs + sums + layout + 16
     stages = (3 if V > 80 else 4) * (2 * V * (24 + V + 8) + 4 * V)
-    form = 2 * (12 * 32 * 4 + 4)
-    needed = stages + V // 16 * (2 * 5120 + 4) + 2048 + form + 160 * 8
+    needed = stages + V // 16 * (2 * 5120 + 4) + 2 * form + 12 * 32 * 4 + layout
     return -(-needed // 16) * 16
 
 
@@ -82,10 +86,9 @@ def defines_of(
 @functools.cache
 def loaded(kernel: str, V: int, bf16: bool, flags: tuple[tuple[str, int], ...], device: torch.device) -> nvrtc.Kernel:
     """A kernel compiled for and loaded on ``device``."""
-    sources = (FOLDER / "features.cuh", FOLDER / f"{kernel}.cu")
     with torch.cuda.device(device):
         capability = torch.cuda.get_device_capability(device)
-        cubin = nvrtc.compile_kernel(sources, defines_of(kernel, V, bf16, flags, capability), capability)
+        cubin = nvrtc.compile_kernel(sources_of(kernel), defines_of(kernel, V, bf16, flags, capability), capability)
         wide = is_wide(kernel, V, capability)
         shared = shared_bytes(kernel, V, bool(dict(flags).get("OUTPUT", True)), wide)
         return nvrtc.load_kernel(cubin, kernel, threads_of(V, wide), shared)

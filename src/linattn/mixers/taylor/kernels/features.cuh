@@ -7,6 +7,7 @@
 // A product of d = 0 weighs 1/2 in phi(q) . phi(k), any other 1: the weights are put on the reader.
 
 #define GROUPS 20
+#define PAIRS (GROUPS / 2)
 
 // Where the State keeps x_i x_j.
 DEVICE int place_of(int i, int j) {
@@ -31,6 +32,9 @@ DEVICE int place(int group, int n, float& share) {
     }
     return place_of(i, j);
 }
+
+// Whether some entries have no place, those of d = 4 that are 0.
+DEVICE bool has_gaps(int group) { return group == 4 || group == 9; }
 
 // The order of an entry in q, for which its weight has as many factors of scale.
 DEVICE float weight_of(int group, int n, float scale) {
@@ -106,81 +110,3 @@ struct ReaderFeatures {
         return group == 9 ? product & keep : product;
     }
 };
-
-// The sums of x_j x_k that the State has, as fragments of a symmetric Z: Z[block] at dims (lane / 4 and 8 on, 8 block +
-// 2 (lane % 4) + {0, 1}). order: what a factor of x is multiplied by that the State has not.
-DEVICE void load_form(float (&Z)[2][4], const float* from, float order, int lane) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int j = i / 4 * 8 + 2 * (lane % 4) + i % 2, k = lane / 4 + i % 4 / 2 * 8;
-        Z[i / 4][i % 4] = from[place_of(j, k)] * order * order * (j == k ? 1.41421356237309505f : 1.f);
-    }
-}
-DEVICE void store_form(const float (&Z)[2][4], float* to, float order, int lane) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int j = i / 4 * 8 + 2 * (lane % 4) + i % 2, k = lane / 4 + i % 4 / 2 * 8;
-        if (j <= k) to[place_of(j, k)] = Z[i / 4][i % 4] / (order * order) * (j == k ? 0.70710678118654752f : 1.f);
-    }
-}
-
-// The power of two that sums are divided by to be held in 16 bits: float16 ends at 65504, which sums over a long text pass.
-template <int N>
-DEVICE float lift_of(const float (&sums)[N][4]) {
-#if HALF_IS_BF16
-    return 1.f;
-#else
-    float most = 1.f;
-#pragma unroll
-    for (int i = 0; i < 4 * N; i++) most = fmaxf(most, fabsf(sums[i / 4][i % 4]));
-    return power_of_two(fmaxf(ceilf(log_of_two(largest(most))) - 14.f, 0.f));
-#endif
-}
-
-// The largest share's power of two, by which float16 has do / den divided to hold it.
-DEVICE float unit_of(const float* shares, int tokens, int lane) {
-#if HALF_IS_BF16
-    return 1.f;
-#else
-    float most = 0.f;
-    for (int i = lane; i < tokens; i += 32) most = fmaxf(most, shares[i]);
-    return power_of_two(ceilf(log_of_two(fmaxf(largest(most), 1e-30f))));
-#endif
-}
-
-// Values of 16 sources, as load_matrix_transposed gives them, times the sources' shares over unit.
-DEVICE void weigh(u32 (&values)[4], const float* shares, float unit, int lane) {
-    float share[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) share[i] = shares[2 * (lane % 4) + i % 2 + i / 2 * 8] / unit;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        values[i] = pack(clear_of(values[i], 0) * share[i / 2 * 2], clear_of(values[i], 1) * share[i / 2 * 2 + 1]);
-}
-
-// The tokens that a block sweeps: from `first` to `last` of a document that has `length`, from token `begin` of row `batch` on.
-struct Span {
-    i64 document, batch, begin;
-    int length, first, last;
-};
-template <typename Given>
-DEVICE Span span_of(const Given& g, i64 segment) {
-    Span span = {segment, segment, 0, g.tokens, 0, g.tokens};
-#if SPLIT
-#if PACKED
-    span.document = g.segment_document[segment];
-    span.first = g.segment_start[segment];
-#else
-    span.document = segment / g.per_row;
-    span.first = int(segment % g.per_row) * g.segment_tokens;
-#endif
-#endif
-    span.batch = span.document;
-#if PACKED
-    span.batch = 0;
-    span.begin = min(max(g.cu_seqlens[span.document], 0), g.tokens);
-    span.length = int(min(max((i64)g.cu_seqlens[span.document + 1], span.begin), (i64)g.tokens) - span.begin);
-#endif
-    span.last = SPLIT ? min(span.length, span.first + g.segment_tokens) : span.length;
-    return span;
-}

@@ -19,18 +19,10 @@
 // Defined where compiled: V, HALF_IS_BF16, WIDE, RESIDENT (blocks on a multiprocessor), ONES, REVERSE, NORMALIZE, PACKED,
 // SPLIT, INITIAL, FINAL (0 or 1: the state after each document, which in reverse is the gradient of the initial one).
 
-#define CHUNK V
-#define WARPS (V / 16)
-#define THREADS (32 * WARPS)
-#define ROW_X 24
-#define ROW_Y (V + 8)
-#define STAGES 2
 // Two stages of readers do not fit at V = 96 on capability 8.0, V = 128 on 9.0: the one is fetched when all have read it.
 #define READER_STAGES (V > 80 ? 1 : 2)
-#define WEIGHED (REVERSE && NORMALIZE)
 #define FORM (NORMALIZE || (REVERSE && (INITIAL || FINAL)))
 #define FORMS (NORMALIZE ? 2 : 1)
-#define PAIRS (GROUPS / 2)
 
 struct Arguments {
     const u16 *x, *y, *r, *w;
@@ -50,22 +42,15 @@ struct Stage {
     float scalars[CHUNK];
 };
 
-// Z as second operand, rounded and what that lost, and zk: lane by lane.
-struct Form {
-    u32 square[8][32];
-    float linear[4][32], lift;
-};
-
 struct Shared {
     Stage sources[STAGES], readers[READER_STAGES];
-    // Fragments of two groups at a time; WIDE: pieces [8 tokens][group] and, of the state, [8 columns][group].
-    Quad products[WARPS][PAIRS][32], state[WARPS][PAIRS][32];
-    float lifts[WARPS];
-    // Sums of Z and zk, lane by lane.
-    float sums[4][4][32];
-    Form forms[FORMS];
-    int places[8 * GROUPS];
-    float factors[8 * GROUPS];
+    Products products;
+    // Of each warp's columns fragments of two groups at a time; WIDE: pieces [8 columns][group].
+    Quad state[WARPS][PAIRS][32];
+    // For this chunk's readers and the next one's.
+    FormOperand forms[FORMS];
+    float lifts[WARPS], sums[12][32];
+    Layout layout;
 };
 
 // The gradient of two readers from that of their products, as an accumulator has both: tokens lane / 4 and 8 on, dims
@@ -114,10 +99,9 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
     const i64 segment = block_index(1);
 
     const Span span = span_of(g, segment);
-    const i64 document = span.document, batch = span.batch, begin = span.begin;
-    const int length = span.length, first = span.first, last = span.last;
-    const int chunks = max((last - first + CHUNK - 1) / CHUNK, 0);
-    const int start = first + (REVERSE ? (chunks - 1) * CHUNK : 0), stride = REVERSE ? -CHUNK : CHUNK;
+    if (span.of_no_document()) return;
+    const i64 batch = span.batch, begin = span.begin;
+    const int last = span.last, chunks = span.chunks, start = span.start, stride = span.stride;
     const i64 at_share = batch * g.share_n + begin + h * g.share_h;
 
     // What this thread fetches of each chunk, in pieces of 16 bytes: one of x and r, and one of y and w every 16 tokens.
@@ -144,23 +128,12 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
     auto fetch_sources = [&](int step) { fetch(step, shared.sources[step % STAGES], x, g.x_t, y, g.y_t, g.share); };
     auto fetch_readers = [&](int step) { fetch(step, shared.readers[step % READER_STAGES], r, g.r_t, w, g.w_t, g.delta); };
 
-    for (int i = thread_index(); i < 8 * GROUPS; i += THREADS) {
-        shared.places[i] = place(i / 8, i % 8, shared.factors[i]);
-        // In reverse the State's gradient is that of phi(scale q), but the sums are of phi(q): scale is put on the reader.
-        if (REVERSE) shared.factors[i] *= weight_of(i / 8, i % 8, g.scale);
-    }
+    shared.layout.fill(g.scale);
     sync_block();
 
     const i64 head = h / g.state_group;
-    float S[GROUPS][4];
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int n = 8 * group + pair + i % 2, v = 16 * warp + row + i / 2 * 8, p = INITIAL ? shared.places[n] : -1;
-            S[group][i] = p < 0 ? 0.f : g.S_in[segment * g.in_n + head * g.in_h + p * g.in_p + v] / shared.factors[n];
-        }
-    }
+    float S[GROUPS][4] = {};
+    if (INITIAL) load_state(S, g.S_in + segment * g.in_n + head * g.in_h + 16 * warp, g.in_p, shared.layout, lane);
 
     // Blocks take their readers in opposite orders, so that the warp with most weights is not always on one scheduler.
     const int reader = h % 2 ? WARPS - 1 - warp : warp;
@@ -168,42 +141,19 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
     const float order = REVERSE ? 1.f / g.scale : 1.f;
     float count = 0.f;
 
-    // Adds to Z[block] at dims (row and row + 8, 8 block + pair) and zk[block] at dims 8 block + pair, in two parts.
-    auto keep = [&](Form& to, const float (&Z)[2][4], const float (&zk)[2][4]) {
-        float all[2][4], linear[2][4];
-#pragma unroll
-        for (int block = 0; block < 2; block++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                all[block][i] = shared.sums[block][i][lane] += Z[block][i];
-                linear[block][i] = shared.sums[2 + block][i][lane] += zk[block][i];
-            }
-        const float lift = lift_of(all), less = 1.f / lift;
-        if (!HALF_IS_BF16) to.lift = lift;
-#pragma unroll
-        for (int block = 0; block < 2; block++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                // Z's rows, as they are held, are its columns, as they are wanted.
-                const float a = all[i][2 * block] * less, b = all[i][2 * block + 1] * less;
-                const u32 rounded = pack(a, b);
-                to.square[4 * block + i][lane] = rounded;
-                to.square[4 * block + 2 + i][lane] = pack(a - clear_of(rounded, 0), b - clear_of(rounded, 1));
-                to.linear[2 * block + i][lane] = linear[block][i] + linear[block][i + 2];
-            }
+    // Keeps Z and zk, and leaves them for the readers of chunk `step`.
+    auto leave_form = [&](const Form& form, int step) {
+        form.keep(shared.sums, lane);
+        shared.forms[step % FORMS].fill(form, lane);
     };
     if (forms) {
-        float Z[2][4] = {}, zk[2][4] = {};
-#pragma unroll
-        for (int i = 0; i < 16; i++) shared.sums[i / 4][i % 4][lane] = 0.f;
+        Form form = {};
 #if INITIAL
         const float* from = g.z_in + segment * g.zin_n + head * g.zin_h;
         count = from[0];
-        load_form(Z, from, order, lane);
-#pragma unroll
-        for (int i = 0; i < 4; i++) zk[i / 2][i % 2] = from[1 + 8 * (i / 2) + pair + i % 2] * order;
+        form.load(from, order, lane);
 #endif
-        keep(shared.forms[0], Z, zk);
+        leave_form(form, 0);
     }
 
     // Leaves this warp's columns of the state for the next chunk's readers.
@@ -230,7 +180,7 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
 
     u16* out = g.out + batch * g.out_n + (begin + start + 16 * reader + row) * g.out_t + h * g.out_h + pair;
 #if WIDE
-    const Pieces products = describe(shared.products, 128 * GROUPS, 128), state = describe(shared.state, 128 * GROUPS, 128);
+    const Pieces state = describe(shared.state, 128 * GROUPS, 128);
 #endif
 
     leave();
@@ -246,32 +196,19 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
         const Stage &now = shared.sources[step % STAGES], &reads = shared.readers[step % READER_STAGES];
         const int t0 = start + step * stride;
 
-        const float unit = WEIGHED ? unit_of(now.scalars, CHUNK, lane) : 1.f;
+        const float unit = WEIGHED ? unit_of(now.scalars, lane) : 1.f, per_unit = 1.f / unit;
         {
             u32 rows[4];
-            load_matrix_transposed(rows, now.features + (16 * warp + lane % 16) * ROW_X + lane / 16 * 8);
-            SourceFeatures early, late;
-            early.rotate(rows[0], rows[2], lane);
-            late.rotate(rows[1], rows[3], lane);
-#pragma unroll
-            for (int m = 0; m < PAIRS; m++) {
-                if (WIDE) {
-                    const int tokens = 2 * warp + lane / 16, group = 2 * m + lane / 8 % 2;
-                    store_matrix((Quad*)shared.products + (tokens * GROUPS + group) * 8 + lane % 8, early[2 * m],
-                                 early[2 * m + 1], late[2 * m], late[2 * m + 1]);
-                } else {
-                    shared.products[warp][m][lane] = Quad{early[2 * m], late[2 * m], early[2 * m + 1], late[2 * m + 1]};
-                }
-            }
-            if (WIDE) show_to_wide();
+            load_matrix_transposed(rows, now.features + 16 * warp * ROW_X + down_first(lane, ROW_X));
+            store_products(shared.products, rows, warp, lane);
         }
 
         {
             u32 rows[4], columns[WARPS][4];
-            load_matrix(rows, reads.features + (16 * reader + lane % 16) * ROW_X + lane / 16 * 8);
+            load_matrix(rows, reads.features + 16 * reader * ROW_X + down_first(lane, ROW_X));
 #pragma unroll
             for (int k = 0; k < WARPS; k++)
-                load_matrix(columns[k], reads.values + (16 * reader + lane % 16) * ROW_Y + 16 * k + lane / 16 * 8);
+                load_matrix(columns[k], reads.values + 16 * reader * ROW_Y + down_first(lane, ROW_Y) + 16 * k);
             float o[2][4];
             {
                 float lift = 1.f;
@@ -329,12 +266,12 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
 #endif
                 chain.gather(g.scale, lane, o);
 #pragma unroll
-                for (int i = 0; i < 8; i++) o[i / 4][i % 4] *= lift / unit;
+                for (int i = 0; i < 8; i++) o[i / 4][i % 4] *= lift * per_unit;
             }
 
             for (int s = REVERSE ? reader : 0; s < (REVERSE ? WARPS : reader + 1); s++) {
                 u32 source[4], weights[4];
-                load_matrix(source, now.features + (16 * s + lane % 8 + lane / 16 * 8) * ROW_X + lane / 8 % 2 * 8);
+                load_matrix(source, now.features + 16 * s * ROW_X + across_first(lane, ROW_X));
                 float dp[2][4];
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
@@ -348,8 +285,7 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
                 for (int k = 0; k < WARPS; k++) {
                     const u32(&a)[4] = columns[k];
                     u32 values[4];
-                    load_matrix(values,
-                                now.values + (16 * s + lane % 8 + lane / 16 * 8) * ROW_Y + 16 * k + lane / 8 % 2 * 8);
+                    load_matrix(values, now.values + 16 * s * ROW_Y + across_first(lane, ROW_Y) + 16 * k);
 #pragma unroll
                     for (int half = 0; half < 2; half++)
                         mma(dp[half], a[0], a[1], a[2], a[3], values[2 * half], values[2 * half + 1]);
@@ -363,7 +299,7 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
                         const int at_reader = row + i / 2 * 8, at_source = 8 * half + pair + i % 2;
                         u[i] = dp[half][i] * (u[i] * g.scale + 1.f);
 #if WEIGHED
-                        u[i] *= now.scalars[16 * s + at_source] / unit;
+                        u[i] *= now.scalars[16 * s + at_source] * per_unit;
 #endif
                         const bool seen = REVERSE ? at_source >= at_reader : at_source <= at_reader;
                         if (s == reader && !seen) u[i] = 0.f;
@@ -371,7 +307,7 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
                     weights[2 * half] = pack(u[0], u[1]);
                     weights[2 * half + 1] = pack(u[2], u[3]);
                 }
-                load_matrix_transposed(source, now.features + (16 * s + lane % 16) * ROW_X + lane / 16 * 8);
+                load_matrix_transposed(source, now.features + 16 * s * ROW_X + down_first(lane, ROW_X));
 #pragma unroll
                 for (int block = 0; block < 2; block++)
                     mma(o[block], weights[0], weights[1], weights[2], weights[3], source[2 * block], source[2 * block + 1]);
@@ -380,11 +316,10 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
 #pragma unroll
             for (int block = 0; block < 2; block++) {
 #if FORM
-                const Form& form = shared.forms[step % FORMS];
-                const u32(*square)[32] = form.square + 4 * block;
+                const FormOperand& form = shared.forms[step % FORMS];
+                const Two linear = form.linear[4 * block + pair / 2];
                 float read[4];
-                mma_first(read, rows[0], rows[1], rows[2], rows[3], square[0][lane], square[1][lane]);
-                mma(read, rows[0], rows[1], rows[2], rows[3], square[2][lane], square[3][lane]);
+                form.times_Z(read, rows, block, lane);
 #endif
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -395,8 +330,8 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
                     for (int i = 0; i < 2; i++) {
                         total[i] = o[block][2 * half + i] * unit;
 #if FORM
-                        const float times_reader = (HALF_IS_BF16 ? 1.f : form.lift) * read[2 * half + i];
-                        const float whole = form.linear[2 * block + i][lane] + g.scale * times_reader;
+                        const float whole =
+                            (i ? linear.second : linear.first) + g.scale * (form.lifted() * read[2 * half + i]);
                         total[i] += REVERSE ? whole : whole * reads.scalars[t];
 #endif
                     }
@@ -406,38 +341,18 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
             }
             out += stride * g.out_t;
         }
-#if NORMALIZE
-        if (forms) {
-            float Z[2][4] = {}, zk[2][4] = {};
+        if (NORMALIZE && forms) {
+            Form sums;
+            sums.recall(shared.sums, lane);
 #pragma unroll
             for (int s = 0; s < WARPS; s++) {
-                u32 rows[4];
-                load_matrix_transposed(rows, now.features + (16 * s + lane % 16) * ROW_X + lane / 16 * 8);
-                float e[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int t = 16 * s + pair + i % 2 + i / 2 * 8;
-                    e[i] = REVERSE ? reads.scalars[t] * now.scalars[t] : t0 + t < last ? 1.f : 0.f;
-                }
-                const u32 here = pack(e[0], e[1]), there = pack(e[2], e[3]);
-                u32 here_rest = 0u, there_rest = 0u, weighed[4] = {rows[0], rows[1], rows[2], rows[3]};
-                if (WEIGHED) {
-                    here_rest = pack(e[0] - clear_of(here, 0), e[1] - clear_of(here, 1));
-                    there_rest = pack(e[2] - clear_of(there, 0), e[3] - clear_of(there, 1));
-#pragma unroll
-                    for (int i = 0; i < 4; i++) weighed[i] = multiply(rows[i], i % 2 ? there : here);
-                }
-                count += row_sum(e[0] + e[1] + e[2] + e[3]);
-#pragma unroll
-                for (int block = 0; block < 2; block++) {
-                    const u32 low = rows[2 * block], high = rows[2 * block + 1];
-                    mma(Z[block], weighed[0], weighed[2], weighed[1], weighed[3], low, high);
-                    mma(zk[block], here, here_rest, there, there_rest, low, high);
-                }
+                u32 others[4];
+                load_matrix_transposed(others, now.features + 16 * s * ROW_X + down_first(lane, ROW_X));
+                sums.add(others, now.scalars + 16 * s, reads.scalars + 16 * s, count, lane);
             }
-            keep(shared.forms[(step + 1) % 2], Z, zk);
+            if (!REVERSE) count += min(CHUNK, last - t0);
+            leave_form(sums, step + 1);
         }
-#endif
         sync_block();
         if (READER_STAGES == 1) {
             fetch_readers(step + 1);
@@ -445,62 +360,25 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
         }
 
         u32 values[WARPS][4];
-#pragma unroll
-        for (int s = 0; s < WARPS; s++) {
-            load_matrix_transposed(values[s],
-                                   now.values + (16 * s + lane % 8 + lane / 16 * 8) * ROW_Y + 16 * warp + lane / 8 % 2 * 8);
-            if (WEIGHED) weigh(values[s], now.scalars + 16 * s, unit, lane);
-        }
-        if (unit != 1.f) {
-#pragma unroll
-            for (int i = 0; i < 4 * GROUPS; i++) S[i / 4][i % 4] /= unit;
-        }
+        load_values(values, now.values, now.scalars, per_unit, warp, lane);
+        multiply_all(S, per_unit);
+        add_products(S, values, shared.products, lane);
 #if WIDE
-        wide_begin();
-#pragma unroll
-        for (int s = 0; s < WARPS; s++) wide_mma(S, values[s], ahead(products, 256 * GROUPS * s), false);
-        wide_commit();
         wide_wait(S);
-#else
-#pragma unroll
-        for (int s = 0; s < WARPS; s++)
-#pragma unroll
-            for (int m = 0; m < PAIRS; m++) {
-                const Quad phi = shared.products[s][m][lane];
-                mma(S[2 * m], values[s][0], values[s][1], values[s][2], values[s][3], phi.x, phi.y);
-                mma(S[2 * m + 1], values[s][0], values[s][1], values[s][2], values[s][3], phi.z, phi.w);
-            }
 #endif
-        if (unit != 1.f) {
-#pragma unroll
-            for (int i = 0; i < 4 * GROUPS; i++) S[i / 4][i % 4] *= unit;
-        }
+        multiply_all(S, unit);
         leave();
     }
 
 #if FINAL
-    const bool ends = REVERSE ? first == 0 : last == length && (chunks > 0 || first == 0);
-    if (ends && h % g.state_group == 0) {
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int n = 8 * group + pair + i % 2, v = 16 * warp + row + i / 2 * 8, p = shared.places[n];
-                if (p >= 0) g.S_out[document * g.S_n + head * g.S_h + p * g.S_p + v] = S[group][i] * shared.factors[n];
-            }
-        }
+    if (span.ends() && h % g.state_group == 0) {
+        store_state(S, g.S_out + span.document * g.S_n + head * g.S_h + 16 * warp, g.S_p, shared.layout, lane);
         if (forms) {
-            float* to = g.z_out + document * g.z_n + head * g.z_h;
+            float* to = g.z_out + span.document * g.z_n + head * g.z_h;
             if (lane == 0) to[0] = count;
-            float Z[2][4];
-#pragma unroll
-            for (int i = 0; i < 8; i++) Z[i / 4][i % 4] = shared.sums[i / 4][i % 4][lane];
-            store_form(Z, to, order, lane);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float(&linear)[4][32] = shared.sums[2 + i / 2];
-                if (row == 0) to[1 + 8 * (i / 2) + pair + i % 2] = (linear[i % 2][lane] + linear[i % 2 + 2][lane]) / order;
-            }
+            Form form;
+            form.recall(shared.sums, lane);
+            form.store(to, order, lane);
         }
     }
 #endif

@@ -20,15 +20,6 @@
 // Defined where compiled: V, HALF_IS_BF16, WIDE, RESIDENT (blocks on a multiprocessor), ONES, REVERSE, NORMALIZE, SUMS, OUTPUT,
 // PACKED, SPLIT, INITIAL, FINAL (0 nothing, 1 after each document, 2 after each segment).
 
-#define CHUNK (WIDE ? (V + 63) / 64 * 64 : V)
-#define WARPS (CHUNK / 16)
-#define THREADS (32 * WARPS)
-#define ROW_X 24
-#define ROW_Y (V + 8)
-#define STAGES 2
-#define WEIGHED (REVERSE && NORMALIZE)
-#define PAIRS (GROUPS / 2)
-
 struct Arguments {
     const u16 *x, *y, *r;
     u16* out;
@@ -50,36 +41,20 @@ struct Stage {
     float share[CHUNK], delta[CHUNK];
 };
 
-// Z[block] at dims (row and row + 8, 8 block + pair), and zk at dims row and row + 8, in two parts where pair is 0.
-struct Form {
-    float Z[2][4], zk[4];
-    DEVICE void keep(float (*to)[32], int lane) const {
-#pragma unroll
-        for (int i = 0; i < 12; i++) to[i][lane] = i < 8 ? Z[i / 4][i % 4] : zk[i - 8];
-    }
-    DEVICE void recall(const float (*from)[32], int lane) {
-#pragma unroll
-        for (int i = 0; i < 12; i++) (i < 8 ? Z[i / 4][i % 4] : zk[i - 8]) = from[i][lane];
-    }
-};
-
 struct Shared {
     Stage stages[STAGES];
-    // Fragments of two groups at a time; WIDE: pieces [8 tokens][group] and, of the state, [group][8 columns].
-    Quad products[WARPS][PAIRS][32];
+    Products products;
 #if OUTPUT
+    // Fragments of two groups at a time; WIDE: pieces [group][8 columns].
     Quad state[PAIRS][V / 16][32];
     u16 slabs[WARPS][16 * ROW_Y];
-    // For this chunk's readers and the next one's: Z as second operand, lane by lane, rounded and what that lost; zk.
-    u32 form[2][8][32];
-    Two linear[2][8];
-    float form_lift[2], lifts[V / 16];
+    // For this chunk's readers and the next one's.
+    FormOperand forms[2];
+    float lifts[V / 16];
 #endif
     // Sums of one warp, or without OUTPUT of each.
     float sums[OUTPUT ? 1 : WARPS][12][32], counts[WARPS];
-    int places[8 * GROUPS];
-    // What the State has of an entry of S, and the other way.
-    float shares[8 * GROUPS], wholes[8 * GROUPS];
+    Layout layout;
 };
 
 EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) {
@@ -89,10 +64,9 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
     const i64 segment = block_index(1);
 
     const Span span = span_of(g, segment);
-    const i64 document = span.document, batch = span.batch, begin = span.begin;
-    const int length = span.length, first = span.first, last = span.last;
-    const int chunks = max((last - first + CHUNK - 1) / CHUNK, 0);
-    const int start = first + (REVERSE ? (chunks - 1) * CHUNK : 0), stride = REVERSE ? -CHUNK : CHUNK;
+    if (span.of_no_document()) return;
+    const i64 batch = span.batch, begin = span.begin;
+    const int last = span.last, chunks = span.chunks, start = span.start, stride = span.stride;
     const i64 at_share = batch * g.share_n + begin + h * g.share_h;
 
     // Which columns of the state this warp keeps, if any.
@@ -135,27 +109,13 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
     };
 
     fetch(0);
-    for (int i = thread_index(); i < 8 * GROUPS; i += THREADS) {
-        float share;
-        shared.places[i] = place(i / 8, i % 8, share);
-        // In reverse the State's gradient is that of phi(scale q), but the sums are of phi(q): scale is put on the reader.
-        if (REVERSE) share *= weight_of(i / 8, i % 8, g.scale);
-        shared.shares[i] = share;
-        shared.wholes[i] = 1.f / share;
-    }
+    shared.layout.fill(g.scale);
     sync_block();
 
     const i64 head = h / g.state_group;
-    float S[GROUPS][4];
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int n = 8 * group + pair + i % 2, v = 16 * warp + row + i / 2 * 8;
-            const int p = INITIAL && keeps ? shared.places[n] : -1;
-            S[group][i] = p < 0 ? 0.f : g.S_in[segment * g.in_n + head * g.in_h + p * g.in_p + v] * shared.wholes[n];
-        }
-    }
+    float S[GROUPS][4] = {};
+    if (INITIAL && keeps)
+        load_state(S, g.S_in + segment * g.in_n + head * g.in_h + 16 * warp, g.in_p, shared.layout, lane);
     Form form = {};
     float count = 0.f;
     const float order = REVERSE ? 1.f / g.scale : 1.f;
@@ -163,9 +123,7 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
     {
         const float* from = g.z_in + segment * g.zin_n + head * g.zin_h;
         count = from[0];
-        load_form(form.Z, from, order, lane);
-#pragma unroll
-        for (int half = 0; half < 2; half++) form.zk[2 * half] = from[1 + row + 8 * half] * order;
+        form.load(from, order, lane);
     }
 #endif
 
@@ -194,57 +152,9 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
     // Keeps Z and zk, and leaves them for the readers of chunk `step`.
     auto leave_form = [&](const Form& form, int step) {
 #if OUTPUT
-        const float(&Z)[2][4] = form.Z, (&zk)[4] = form.zk;
         form.keep(shared.sums[0], lane);
-        const float lift = lift_of(Z), shrink = 1.f / lift;
-        if (!HALF_IS_BF16) shared.form_lift[step % 2] = lift;
-        u32(*to)[32] = shared.form[step % 2];
-        // Z's rows, as they are held, are its columns, as they are wanted.
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int block = i / 2, side = i % 2;
-            const float a = Z[side][2 * block] * shrink, b = Z[side][2 * block + 1] * shrink;
-            const u32 rounded = pack(a, b);
-            to[4 * block + side][lane] = rounded;
-            to[4 * block + 2 + side][lane] = pack(a - clear_of(rounded, 0), b - clear_of(rounded, 1));
-        }
-        if (pair == 0) {
-            float* linear = (float*)shared.linear[step % 2];
-            linear[row] = zk[0] + zk[1];
-            linear[row + 8] = zk[2] + zk[3];
-        }
+        shared.forms[step % 2].fill(form, lane);
 #endif
-    };
-
-    // Adds 16 tokens' e x x^T, e x and e to Z, zk and n. rows: x^T of tokens 16 s on, of stage `now`, as load_matrix_transposed
-    // gives them; zeros behind the end, so that e need not say which tokens there are.
-    auto sum_up = [&](Form& form, const u32 (&rows)[4], const Stage& now, int s) {
-        u32 weighed[4] = {rows[0], rows[1], rows[2], rows[3]}, ends[2] = {ONES, ONES};
-#if WEIGHED
-        float e[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int t = 16 * s + pair + i % 2 + i / 2 * 8;
-            e[i] = now.delta[t] * now.share[t];
-        }
-        count += row_sum(e[0] + e[1] + e[2] + e[3]);
-        // e in two parts: what 16 bits hold, and in the columns of odd rows what that lost.
-        ends[0] = pack(e[0], e[1]);
-        ends[1] = pack(e[2], e[3]);
-#pragma unroll
-        for (int i = 0; i < 4; i++) weighed[i] = multiply(rows[i], ends[i % 2]);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u32 rest = pack(e[2 * i] - clear_of(ends[i], 0), e[2 * i + 1] - clear_of(ends[i], 1));
-            ends[i] = row % 2 ? rest : ends[i];
-        }
-#else
-        // The second part is nothing.
-        if (row % 2) ends[0] = ends[1] = 0u;
-#endif
-        mma(form.Z[0], weighed[0], weighed[2], weighed[1], weighed[3], rows[0], rows[1]);
-        mma(form.Z[1], weighed[0], weighed[2], weighed[1], weighed[3], rows[2], rows[3]);
-        mma(form.zk, rows[0], rows[2], rows[1], rows[3], ends[0], ends[1]);
     };
 
     // Warps w and w + 4 are on one scheduler: of eight, those two read as much as any other two. Blocks take their readers in
@@ -270,11 +180,8 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
         sync_warp();
     };
 #endif
-#if WIDE
-    const Pieces products = describe(shared.products, 128 * GROUPS, 128);
-#if OUTPUT
+#if WIDE && OUTPUT
     const Pieces state = describe(shared.state, 16 * V, 128);
-#endif
 #endif
 
     leave();
@@ -285,11 +192,11 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
         const Stage& now = shared.stages[step % STAGES];
         const int t0 = start + step * stride;
 
-        const float unit = WEIGHED ? unit_of(now.share, CHUNK, lane) : 1.f;
+        const float unit = WEIGHED ? unit_of(now.share, lane) : 1.f, per_unit = 1.f / unit;
 #if OUTPUT
         float o[V / 8][4];
         u32 read[4];
-        load_matrix(read, now.r + (16 * reader + lane % 16) * ROW_X + lane / 16 * 8);
+        load_matrix(read, now.r + 16 * reader * ROW_X + down_first(lane, ROW_X));
         {
             ReaderFeatures phi[2];
             phi[0].rotate(read[0], read[2], lane, g.scale);
@@ -326,31 +233,8 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
 #endif
 
         u32 rows[4];
-        load_matrix_transposed(rows, now.x + (16 * warp + lane % 16) * ROW_X + lane / 16 * 8);
-#if WIDE
-        {
-            const Spot to = spot_of((Quad*)shared.products + 2 * warp * GROUPS * 8 + lane);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                SourceFeatures source;
-                source.rotate(rows[half], rows[2 + half], lane);
-#pragma unroll
-                for (int group = 0; group < GROUPS; group += 4)
-                    store_matrix(to + 128 * (GROUPS * half + group), source[group], source[group + 1], source[group + 2],
-                                 source[group + 3]);
-            }
-            show_to_wide();
-        }
-#else
-        {
-            SourceFeatures early, late;
-            early.rotate(rows[0], rows[2], lane);
-            late.rotate(rows[1], rows[3], lane);
-#pragma unroll
-            for (int m = 0; m < PAIRS; m++)
-                shared.products[warp][m][lane] = Quad{early[2 * m], late[2 * m], early[2 * m + 1], late[2 * m + 1]};
-        }
-#endif
+        load_matrix_transposed(rows, now.x + 16 * warp * ROW_X + down_first(lane, ROW_X));
+        store_products(shared.products, rows, warp, lane);
         fetch(step + 1);
 
 #if OUTPUT
@@ -363,23 +247,23 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
 #pragma unroll
             for (int j = 0; j < V / 8; j++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) o[j][i] *= shared.lifts[j / 2] / unit;
+                for (int i = 0; i < 4; i++) o[j][i] *= shared.lifts[j / 2] * per_unit;
 #endif
             // Weights of one or two blocks of 16 sources, times their values.
             auto inside = [&](int first_source, int blocks) __attribute__((always_inline)) {
-                const Spot from = spot_of(now.y + (16 * first_source + lane % 16) * ROW_Y + lane / 16 * 8);
+                const Spot from = spot_of(now.y + 16 * first_source * ROW_Y + down_first(lane, ROW_Y));
                 u32 weights[2][4];
 #pragma unroll
                 for (int k = 0; k < blocks; k++) {
                     const int s = first_source + k;
                     u32 source[4];
-                    load_matrix(source, now.x + (16 * s + lane % 8 + lane / 16 * 8) * ROW_X + lane / 8 % 2 * 8);
+                    load_matrix(source, now.x + 16 * s * ROW_X + across_first(lane, ROW_X));
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         float u[4], share[2] = {1.f, 1.f};
 #if WEIGHED
 #pragma unroll
-                        for (int i = 0; i < 2; i++) share[i] = now.share[16 * s + 8 * half + pair + i] / unit;
+                        for (int i = 0; i < 2; i++) share[i] = now.share[16 * s + 8 * half + pair + i] * per_unit;
 #endif
                         mma_first(u, read[0], read[1], read[2], read[3], source[2 * half], source[2 * half + 1]);
 #pragma unroll
@@ -420,21 +304,17 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
             if (step) write(step - 1);
             float divide[2] = {unit, unit};
 #if NORMALIZE && !REVERSE
-            float terms[2] = {0.f, 0.f}, lift = 1.f;
-            const u32(*held)[32] = shared.form[step % 2];
-#if !HALF_IS_BF16
-            lift = shared.form_lift[step % 2];
-#endif
+            float terms[2] = {0.f, 0.f};
+            const FormOperand& here = shared.forms[step % 2];
 #pragma unroll
             for (int block = 0; block < 2; block++) {
                 float c[4];
-                mma_first(c, read[0], read[1], read[2], read[3], held[4 * block][lane], held[4 * block + 1][lane]);
-                mma(c, read[0], read[1], read[2], read[3], held[4 * block + 2][lane], held[4 * block + 3][lane]);
-                const Two linear = shared.linear[step % 2][4 * block + pair / 2];
+                here.times_Z(c, read, block, lane);
+                const Two linear = here.linear[4 * block + pair / 2];
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     terms[i / 2] += clear_of(read[2 * block + i / 2], i % 2) *
-                                   ((i % 2 ? linear.second : linear.first) + 0.5f * g.scale * lift * c[i]);
+                                   ((i % 2 ? linear.second : linear.first) + 0.5f * g.scale * here.lifted() * c[i]);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -457,8 +337,8 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
 #pragma unroll
             for (int s = 0; s < WARPS; s++) {
                 u32 others[4];
-                load_matrix_transposed(others, spot_of(now.x + lane % 16 * ROW_X + lane / 16 * 8) + 32 * ROW_X * s);
-                sum_up(sums, others, now, s);
+                load_matrix_transposed(others, spot_of(now.x + down_first(lane, ROW_X)) + 32 * ROW_X * s);
+                sums.add(others, now.share + 16 * s, now.delta + 16 * s, count, lane);
             }
             leave_form(sums, step + 1);
         }
@@ -467,43 +347,15 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
         if (!REVERSE) count += min(CHUNK, last - t0);
 
         u32 values[WARPS][4];
-        const Spot from = spot_of(now.y + (lane % 8 + lane / 16 * 8) * ROW_Y + 16 * warp + lane / 8 % 2 * 8);
-#pragma unroll
-        for (int s = 0; s < WARPS; s++) {
-            if (!keeps) {
-                values[s][0] = values[s][1] = values[s][2] = values[s][3] = 0u;
-                continue;
-            }
-            load_matrix_transposed(values[s], from + 32 * ROW_Y * s);
-            if (WEIGHED) weigh(values[s], now.share + 16 * s, unit, lane);
-        }
-        if (unit != 1.f) {
-#pragma unroll
-            for (int i = 0; i < 4 * GROUPS; i++) S[i / 4][i % 4] /= unit;
-        }
-#if WIDE
-        wide_begin();
-#pragma unroll
-        for (int s = 0; s < WARPS; s++) wide_mma(S, values[s], ahead(products, 256 * GROUPS * s), false);
-        wide_commit();
-#else
-#pragma unroll
-        for (int s = 0; s < WARPS; s++)
-#pragma unroll
-            for (int m = 0; m < PAIRS; m++) {
-                const Quad phi = shared.products[s][m][lane];
-                mma(S[2 * m], values[s][0], values[s][1], values[s][2], values[s][3], phi.x, phi.y);
-                mma(S[2 * m + 1], values[s][0], values[s][1], values[s][2], values[s][3], phi.z, phi.w);
-            }
-#endif
-        if (SUMS && !OUTPUT && (NORMALIZE || !REVERSE)) sum_up(form, rows, now, warp);
+        load_values(values, now.y, now.share, per_unit, warp, lane);
+        multiply_all(S, per_unit);
+        add_products(S, values, shared.products, lane);
+        if (SUMS && !OUTPUT && (NORMALIZE || !REVERSE))
+            form.add(rows, now.share + 16 * warp, now.delta + 16 * warp, count, lane);
 #if WIDE
         wide_wait(S);
 #endif
-        if (unit != 1.f) {
-#pragma unroll
-            for (int i = 0; i < 4 * GROUPS; i++) S[i / 4][i % 4] *= unit;
-        }
+        multiply_all(S, unit);
         leave();
     }
 #if OUTPUT
@@ -528,29 +380,14 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) value_sweep(const Arguments g) 
 #endif
 
 #if FINAL
-    bool ends = true;
-    i64 slot = segment;
-    if (FINAL == 1) {
-        slot = document;
-        ends = REVERSE ? first == 0 : last == length && (chunks > 0 || first == 0);
-    }
+    const bool ends = FINAL == 2 || span.ends();
+    const i64 slot = FINAL == 2 ? segment : span.document;
     if (ends && h % g.state_group == 0) {
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int n = 8 * group + pair + i % 2, v = 16 * warp + row + i / 2 * 8, p = shared.places[n];
-                if (p >= 0 && keeps) g.S_out[slot * g.S_n + head * g.S_h + p * g.S_p + v] = S[group][i] * shared.shares[n];
-            }
-        }
+        if (keeps) store_state(S, g.S_out + slot * g.S_n + head * g.S_h + 16 * warp, g.S_p, shared.layout, lane);
         if (SUMS && (OUTPUT ? forms : warp == 0)) {
             float* to = g.z_out + slot * g.z_n + head * g.z_h;
             if (lane == 0) to[0] = count;
-            store_form(form.Z, to, order, lane);
-            if (pair == 0) {
-                to[1 + row] = (form.zk[0] + form.zk[1]) / order;
-                to[9 + row] = (form.zk[2] + form.zk[3]) / order;
-            }
+            form.store(to, order, lane);
         }
     }
 #endif
