@@ -190,9 +190,6 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
     for (int step = 0; step < chunks; step++) {
         wait_for_copies<0>();
         sync_block();
-        fetch_sources(step + 1);
-        if (READER_STAGES > 1) fetch_readers(step + 1);
-        commit_copies();
         const Stage &now = shared.sources[step % STAGES], &reads = shared.readers[step % READER_STAGES];
         const int t0 = start + step * stride;
 
@@ -202,6 +199,10 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
             load_matrix_transposed(rows, now.features + 16 * warp * ROW_X + down_first(lane, ROW_X));
             store_products(shared.products, rows, warp, lane);
         }
+        // The fence waits for a thread's copies and stores: they are issued behind it, to be done by the next.
+        fetch_sources(step + 1);
+        if (READER_STAGES > 1) fetch_readers(step + 1);
+        commit_copies();
 
         {
             u32 rows[4], columns[WARPS][4];
