@@ -21,7 +21,8 @@ SHORTEST_SEGMENT = 1024
 class Segments:
     """How documents are cut: ``count`` segments in all, of ``tokens`` each, ``per_row`` a row.
 
-    Where there is more than one a document, `fine` cuts each again in parts, to find what they add.
+    Where there is more than one a document, `fine` cuts each again in parts, to find what they add. part: of a fine
+    cut, how many make one segment: nobody reads what a document's last (in reverse: first) add; 0: all are read.
     document, start, first: int32, for packed rows: each segment's document and first token there, and each document's
     first segment.
     """
@@ -30,6 +31,7 @@ class Segments:
     tokens: int
     per_row: int
     fine: Segments | None = None
+    part: int = 0
     document: Tensor | None = None
     start: Tensor | None = None
     first: Tensor | None = None
@@ -79,7 +81,7 @@ def cut_segments(
     size = -(-tokens // (n * unit)) * unit
     if size >= tokens:
         return Segments(cu_seqlens.numel() - 1, tokens, 1)
-    return _packed_segments(cu_seqlens, tokens, size, _packed_segments(cu_seqlens, tokens, size // parts))
+    return _packed_segments(cu_seqlens, tokens, size, _packed_segments(cu_seqlens, tokens, size // parts, part=parts))
 
 
 @functools.lru_cache(4096)
@@ -89,10 +91,12 @@ def _row_segments(rows: int, tokens: int, n: int, unit: int, parts: int) -> Segm
     if n == 1:
         return Segments(rows, tokens, 1)
     pieces = -(-tokens // (size // parts))
-    return Segments(rows * n, size, n, Segments(rows * pieces, size // parts, pieces))
+    return Segments(rows * n, size, n, Segments(rows * pieces, size // parts, pieces, part=parts))
 
 
-def _packed_segments(cu_seqlens: Tensor, tokens: int, size: int, fine: Segments | None = None) -> Segments:
+def _packed_segments(
+    cu_seqlens: Tensor, tokens: int, size: int, fine: Segments | None = None, part: int = 0
+) -> Segments:
     """T // size + N segments whatever the documents' lengths; those that no document needs start behind its end."""
     offsets = cu_seqlens.long()
     documents = offsets.numel() - 1
@@ -105,4 +109,4 @@ def _packed_segments(cu_seqlens: Tensor, tokens: int, size: int, fine: Segments 
     document = document.clamp(max=documents - 1)
     start = torch.where(used, (index - first[document]) * size, -(-tokens // size) * size)
     parts = (x.to(torch.int32) for x in (document, start, first))
-    return Segments(tokens // size + documents, size, 0, fine, *parts)
+    return Segments(tokens // size + documents, size, 0, fine, part, *parts)

@@ -66,6 +66,16 @@ def of_no_document(first, length):
 
 
 @triton.jit
+def adds_for_nobody(first, length, segment_tokens, part, REVERSE: tl.constexpr):
+    """Whether nobody reads what a segment adds, ``part`` of them being read as one; 0: everything is read."""
+    index = first // segment_tokens
+    if REVERSE:
+        return index < part
+    else:  # noqa: RET505  what follows a constexpr branch would be compiled for both
+        return (part > 0) & ((index // tl.maximum(part, 1) + 1) * part * segment_tokens >= length)
+
+
+@triton.jit
 def ends_document(first, last, length, chunks, REVERSE: tl.constexpr):
     """Whether a document's sweep ends with this segment: one alone of each, an empty document's first among them."""
     return first == 0 if REVERSE else (last == length) & ((chunks > 0) | (first == 0))

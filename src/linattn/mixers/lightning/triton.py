@@ -179,7 +179,7 @@ def _sweep_launcher(
     """heads: of the sweep. reverse: from the last token on. summary: what each segment adds to the state is put out."""
     output, initial, final, packed, pair = given
     K, V, tokens = tensors[1].shape[-1], tensors[2].shape[-1], tensors[1].shape[1]
-    numbers = [scale, tokens, cut.tokens, cut.per_row, PARTS]
+    numbers = [scale, tokens, cut.tokens, cut.per_row, cut.part]
     for x in tensors[:8]:
         numbers += x.stride()[:3]
     for x, present in zip(tensors[9:11], (initial, final), strict=True):
@@ -249,13 +249,13 @@ def _scan_launcher(
     reverse: bool,
     packed: bool,
 ) -> Launch:
-    fine, block = cut.fine, 1024
+    fine, block, ahead = cut.fine, 1024, 8
     assert fine is not None
     _, heads, K, V = tensors[0].shape
     strides = (0, 0, 0, 0) if initial is None else initial.stride()
-    numbers = (tokens, fine.tokens, fine.per_row, cut.per_row, PARTS, heads, K * V, *strides)
+    numbers = (tokens, fine.tokens, fine.per_row, cut.per_row, fine.part, heads, K * V, *strides)
     groups = (heads // tensors[3].shape[0], 1 if initial is None else heads // initial.shape[1])
-    constants = (V, *groups, reverse, packed, initial is not None, block)
+    constants = (V, *groups, reverse, packed, initial is not None, block, ahead)
     return launcher(_scan_segments, (-(-K * V // block), heads, documents), numbers, constants, 4)
 
 

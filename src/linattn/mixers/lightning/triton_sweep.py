@@ -10,12 +10,21 @@ makes what each segment adds, `_scan_segments` the running states.
 
 # pyright: reportAttributeAccessIssue=false
 # It takes the triton.py beside this file for triton itself.
+# ruff: noqa: RUF005
+# Triton joins tuples with +, and knows no star.
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from linattn.core.triton_parts import document_tokens, ends_document, of_no_document, operand, segment_tokens_of
+from linattn.core.triton_parts import (
+    adds_for_nobody,
+    document_tokens,
+    ends_document,
+    of_no_document,
+    operand,
+    segment_tokens_of,
+)
 
 
 @triton.jit
@@ -35,14 +44,9 @@ def _first_heard(first, last, length, chunks, segment_tokens, part, log2_decay, 
     the last segment would add, which nobody reads.
     """
     heard = tl.minimum(150.0 / tl.maximum(-log2_decay, 1e-30), 1e9).to(tl.int32)
-    index = first // segment_tokens
-    if REVERSE:
-        beyond = first - index // part * part * segment_tokens
-        unread = index < part
-    else:
-        boundary = (index // part + 1) * part * segment_tokens
-        beyond = tl.minimum(boundary, length) - last
-        unread = boundary >= length
+    whole = first // segment_tokens // part * part * segment_tokens
+    beyond = first - whole if REVERSE else tl.minimum(whole + part * segment_tokens, length) - last
+    unread = adds_for_nobody(first, length, segment_tokens, part, REVERSE)
     begin_step = tl.maximum(chunks - tl.maximum(heard - beyond + C - 1, 0) // C - 1, 0)
     if unread | (beyond > heard):
         begin_step = chunks
@@ -245,6 +249,7 @@ def _scan_segments(
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """From what each segment adds, [.., heads, K, V], the state before every ``part``-th.
 
@@ -267,10 +272,17 @@ def _scan_segments(
         state = tl.load(initial + where, mask=inside, other=0.0)
     else:
         state = tl.zeros([BLOCK], tl.float32)
-    for step in range(count):
-        s = count - 1 - step if REVERSE else step
-        ends = ((s + 1) % part == 0) | (s == count - 1) if REVERSE else s % part == 0
-        if ends:
-            tl.store(before + ((begin_before + s // part) * heads + h) * size + at, state, mask=inside)
-        more = tl.load(added + ((begin + s) * heads + h) * size + at, mask=inside, other=0.0)
-        state += state * _expm1(decay * tl.minimum(segment_tokens, length - s * segment_tokens)) + more
+    for base in range(0, count, AHEAD):
+        # Asked for together: one after another each would wait for memory.
+        more = ()
+        for i in tl.static_range(AHEAD):
+            s = count - 1 - base - i if REVERSE else base + i
+            live = inside & (base + i < count)
+            more = more + (tl.load(added + ((begin + s) * heads + h) * size + at, mask=live, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            s = count - 1 - base - i if REVERSE else base + i
+            ends = ((s + 1) % part == 0) | (s == count - 1) if REVERSE else s % part == 0
+            to = before + ((begin_before + s // part) * heads + h) * size + at
+            tl.store(to, state, mask=inside & ends & (base + i < count))
+            own = tl.maximum(tl.minimum(segment_tokens, length - s * segment_tokens), 0)
+            state += state * _expm1(decay * own) + more[i]

@@ -175,7 +175,7 @@ def _prepared(
     for S, z in ((operands.S_in, operands.z_in), (operands.S_out, operands.z_out)):
         strides += _strides(S, 3) + _strides(z, 2)
     groups = [1 if t is None else how.heads // t.shape[2] for t in rows[:-1]]
-    sizes = (x.shape[1], cut.tokens, cut.per_row, *groups, how.heads // how.state_heads)
+    sizes = (x.shape[1], cut.tokens, cut.per_row, cut.part, *groups, how.heads // how.state_heads)
     rest = struct.pack(f"@{len(strides)}q{len(sizes)}if0q", *strides, *sizes, how.scale)
     places = [Operands._fields.index(name) for name in (*ROWS[kernel], *Operands._fields[6:])]
     pick, pack = operator.itemgetter(*places), struct.Struct(f"@{len(places)}P").pack

@@ -146,7 +146,7 @@ def _prepared(operands: Operands, how: Pass, cut: Segments, tile: Tile) -> Calla
     """What launches `_sweep` on operands of these layouts; where there is none, x stands and is not read."""
     x, heads = operands.x, how.heads
     F, V = x.shape[-1], operands.y.shape[-1]
-    numbers = [how.scale, x.shape[1], cut.tokens, cut.per_row]
+    numbers = [how.scale, x.shape[1], cut.tokens, cut.per_row, cut.part]
     given = [x if t is None else t for t in operands[:6]]
     for t in given:
         numbers += t.stride()[:3]
@@ -226,12 +226,12 @@ def _scan_launcher(
     P: int,
     V: int,
 ) -> Launch:
-    fine, size, block = cut.fine, P * V + P, 1024
+    fine, size, block, ahead = cut.fine, P * V + P, 1024, 4
     assert fine is not None
     strides = (0,) * 4 if initial is None else (*initial.S.stride()[:2], *initial.z.stride()[:2])
     numbers = (tokens, cut.tokens, cut.per_row, fine.per_row, heads, size, P * V, *strides)
     group = 1 if initial is None else heads // initial.S.shape[1]
-    constants = (cut.tokens // fine.tokens, reverse, packed, initial is not None, group, block)
+    constants = (fine.part, reverse, packed, initial is not None, group, block, ahead)
     return launcher(_scan_segments, (-(-size // block), heads, plan.documents), numbers, constants, 4)
 
 
@@ -293,7 +293,7 @@ def summarize(
     tile = cuda_tile(V, output=False) if sweeps == "cuda" else None
     plan = plan_of(layout_of(k, k, v, cu_seqlens), 1.0, False, sweeps, tile, segments)
     cut = plan.cut or Segments(documents, T, 1)
-    rows = cut if cut.fine is None else cut.fine
+    rows = cut if cut.fine is None else replace(cut.fine, part=0)
     buffer, out = empty_states(k, rows.count, heads, P, V)
     sizes: dict[str, Any] = {"heads": heads, "state_heads": heads}
     sweep(plan, "summary", rows, k, v, cu_seqlens=cu_seqlens, state_out=out, summary=True, **sizes)

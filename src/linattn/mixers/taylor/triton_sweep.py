@@ -22,7 +22,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linattn.core.triton_parts import document_tokens, ends_document, of_no_document, operand, segment_tokens_of
+from linattn.core.triton_parts import (
+    adds_for_nobody,
+    document_tokens,
+    ends_document,
+    of_no_document,
+    operand,
+    segment_tokens_of,
+)
 
 
 @triton.jit
@@ -190,6 +197,7 @@ def _sweep(
     tokens,
     segment_tokens,
     per_row,
+    part,
     x_n,
     x_t,
     x_h,
@@ -244,7 +252,10 @@ def _sweep(
     FINAL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Grid (heads, segments). FINAL: 0 nothing, 1 the state after each document, 2 after each segment."""
+    """Grid (heads, segments). FINAL: 0 nothing, 1 the state after each document, 2 what each segment adds.
+
+    part: as `adds_for_nobody` takes it; what nobody reads is not written.
+    """
     h = tl.program_id(0)
     segment = tl.program_id(1).to(tl.int64)
     document, row, begin, length, first, last, chunks = segment_tokens_of(
@@ -252,6 +263,9 @@ def _sweep(
     )
     if PACKED and SPLIT:  # noqa: SIM102  what is known at compile time stands apart
         if of_no_document(first, length):
+            return
+    if SPLIT and FINAL == 2:  # noqa: SIM102
+        if adds_for_nobody(first, length, segment_tokens, part, REVERSE):
             return
 
     x += row * x_n + begin * x_t + (h // X_GROUP).to(tl.int64) * x_h
@@ -393,6 +407,7 @@ def _scan_segments(
     INITIAL: tl.constexpr,
     INITIAL_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """From what each segment's PARTS add, [.., heads, size], S and then z, the state before each. In reverse: behind.
 
@@ -415,13 +430,22 @@ def _scan_segments(
         head = (h // INITIAL_GROUP).to(tl.int64)
         state = tl.load(S + document * S_n + head * S_h + at, mask=at < size_S, other=0.0)
         state += tl.load(z + document * z_n + head * z_h + at - size_S, mask=inside & (at >= size_S), other=0.0)
-    for step in range(count):
-        s = count - 1 - step if REVERSE else step
-        tl.store(before + ((begin + s) * heads + h) * size + at, state, mask=inside)
-        for i in tl.static_range(PARTS):
-            part = s * PARTS + i
-            where = ((begin_parts + part) * heads + h) * size + at
-            state += tl.load(added + where, mask=inside & (part < parts), other=0.0)
+    for base in range(0, count, AHEAD):
+        # Asked for together: one after another each would wait for memory.
+        more = ()
+        for i in tl.static_range(AHEAD):
+            s = count - 1 - base - i if REVERSE else base + i
+            both = tl.zeros([BLOCK], tl.float32)
+            for j in tl.static_range(PARTS):
+                part = s * PARTS + j
+                where = ((begin_parts + part) * heads + h) * size + at
+                # What the last adds is read by nobody, and was not written.
+                both += tl.load(added + where, mask=inside & (part < parts) & (base + i < count - 1), other=0.0)
+            more = more + (both,)
+        for i in tl.static_range(AHEAD):
+            s = count - 1 - base - i if REVERSE else base + i
+            tl.store(before + ((begin + s) * heads + h) * size + at, state, mask=inside & (base + i < count))
+            state += more[i]
 
 
 @triton.jit

@@ -32,7 +32,7 @@ struct Arguments {
     const int *cu_seqlens, *segment_document, *segment_start;
     i64 x_n, x_t, x_h, y_n, y_t, y_h, r_n, r_t, r_h, w_n, w_t, w_h, out_n, out_t, out_h, share_n, share_h;
     i64 in_n, in_h, in_p, zin_n, zin_h, S_n, S_h, S_p, z_n, z_h;
-    int tokens, segment_tokens, per_row, x_group, y_group, r_group, w_group, state_group;
+    int tokens, segment_tokens, per_row, part, x_group, y_group, r_group, w_group, state_group;
     float scale;
 };
 
@@ -99,7 +99,7 @@ EXTERN void __launch_bounds__(THREADS, RESIDENT) key_sweep(const Arguments g) {
     const i64 segment = block_index(1);
 
     const Span span = span_of(g, segment);
-    if (span.of_no_document()) return;
+    if (span.idle) return;
     const i64 batch = span.batch, begin = span.begin;
     const int last = span.last, chunks = span.chunks, start = span.start, stride = span.stride;
     const i64 at_share = batch * g.share_n + begin + h * g.share_h;

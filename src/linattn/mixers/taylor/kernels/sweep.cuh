@@ -20,14 +20,14 @@ DEVICE int down_first(int lane, int row) { return lane % 16 * row + lane / 16 * 
 DEVICE int across_first(int lane, int row) { return (lane % 8 + lane / 16 * 8) * row + lane / 8 % 2 * 8; }
 
 // The tokens that a block sweeps: from `first` to `last` of a document that has `length`, from token `begin` of row `batch`
-// on; `chunks` chunks from token `start` on, `stride` apart.
+// on; `chunks` chunks from token `start` on, `stride` apart. idle: nothing is to be read or written, since no document needs
+// the segment (packed rows have room for more than they can have; its state was never written) or nobody reads what it adds.
 struct Span {
     i64 document, batch, begin;
     int length, first, last, chunks, start, stride;
+    bool idle;
     // Whether the sweep ends where the document does, and so writes the state after it.
     DEVICE bool ends() const { return REVERSE ? first == 0 : last == length && (chunks > 0 || first == 0); }
-    // Whether this is one that packed rows have room for and no document needs: its state was never written.
-    DEVICE bool of_no_document() const { return PACKED && SPLIT && first > 0 && first >= length; }
 };
 template <typename Given>
 DEVICE Span span_of(const Given& g, i64 segment) {
@@ -51,6 +51,14 @@ DEVICE Span span_of(const Given& g, i64 segment) {
     span.chunks = max((span.last - span.first + CHUNK - 1) / CHUNK, 0);
     span.start = span.first + (REVERSE ? (span.chunks - 1) * CHUNK : 0);
     span.stride = REVERSE ? -CHUNK : CHUNK;
+#if SPLIT
+    span.idle = PACKED && span.first > 0 && span.first >= span.length;
+    if (FINAL == 2 && g.part) {
+        // Of the segments that are read as one, the last (in reverse: the first) of a document are read by nobody.
+        const int index = span.first / g.segment_tokens, behind = (index / g.part + 1) * g.part;
+        span.idle |= REVERSE ? index < g.part : (i64)behind * g.segment_tokens >= span.length;
+    }
+#endif
     return span;
 }
 
