@@ -6,7 +6,9 @@ HF_VENV ?= .venv-hf
 # torch's OpenMP waits for a busy core by spinning: 300 to 2,600 tokens/s in training beside one busy process, against
 # 5,600 where it yields early; a few per cent slower on a quiet machine.
 export GOMP_SPINCOUNT = 1000
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Workers begin with half of the tests each and take from one another: most files' fixtures are made once.
+XDIST = -n 2 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST)
 
 .PHONY: demo test test-all test-wheel test-hf-newest test-slow lint bench clean
 
@@ -33,7 +35,7 @@ test-wheel: $(VENV)/installed
 	$(BIN)/python -m build -q --wheel --outdir dist .
 	$(PYTHON) -m venv .venv-wheel
 	wheel=$$(ls dist/*.whl) && .venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt "$$wheel[dev,interpreter]"
-	OMP_NUM_THREADS=1 .venv-wheel/bin/python -m pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 .venv-wheel/bin/python -m pytest $(XDIST) -m "not slow and not gpu"
 
 # The tests of linattn.hf once more, with the newest transformers that installs: elsewhere it is the pinned one, the oldest.
 test-hf-newest:
@@ -41,7 +43,7 @@ test-hf-newest:
 	grep -v '^transformers' constraints-cpu.txt > $(HF_VENV)/constraints.txt
 	$(HF_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(HF_VENV)/constraints.txt -e '.[dev,interpreter]' -U transformers
 	$(HF_VENV)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	OMP_NUM_THREADS=1 $(HF_VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" tests/hf
+	OMP_NUM_THREADS=1 $(HF_VENV)/bin/python -m pytest $(XDIST) -m "not slow and not gpu" tests/hf
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """Triton kernels compiled for GPUs that are not here, by a process of its own: the tests' own interprets them."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -30,12 +33,24 @@ class Build:
 
 def usage(capability: int, builds: dict[str, Build]) -> dict[str, dict[str, int]]:
     """What each takes: registers and bytes spilled a thread, shared memory, loads of 4 bytes and more in its PTX."""
+    compiler = _compiler()
+    print(json.dumps([capability, {name: asdict(build) for name, build in builds.items()}]), file=compiler.stdin)
+    compiler.stdin.flush()
+    answer = compiler.stdout.readline()
+    assert answer, f"the compiler ended with {compiler.wait()}"
+    found, error = json.loads(answer)
+    assert error is None, error[-2000:]
+    return found
+
+
+@functools.cache
+def _compiler() -> Any:
+    """One process for all of a run's builds: it answers each line, and imports torch and triton once."""
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    given = json.dumps({name: asdict(build) for name, build in builds.items()})
-    command = [sys.executable, __file__, str(capability)]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, __file__], text=True, env=environment, **pipes)
+    atexit.register(process.communicate)
+    return process
 
 
 def compiled(capability: int, build: Build) -> Any:
@@ -71,6 +86,16 @@ def _measured(built: Any) -> dict[str, int]:
     return found | {"shared": built.metadata.shared, "wide_loads": wide}
 
 
+def _answer(capability: int, builds: dict[str, Any]) -> tuple[dict[str, dict[str, int]] | None, str | None]:
+    try:
+        return {name: _measured(compiled(capability, Build(**given))) for name, given in builds.items()}, None
+    except Exception:  # noqa: BLE001  the test that asked is to show it
+        return None, traceback.format_exc()
+
+
 if __name__ == "__main__":
-    wanted = {name: Build(**given) for name, given in json.load(sys.stdin).items()}
-    print(json.dumps({name: _measured(compiled(int(sys.argv[1]), build)) for name, build in wanted.items()}))
+    # What Triton prints is no answer.
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            print(json.dumps(_answer(*json.loads(line))), file=answers, flush=True)

@@ -11,13 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
+from bench_parts import H200, TINY
 from rich.console import Console
 
 from linattn.bench import BenchConfig, ops, run_bench, table5
 from linattn.bench.calls import entries_of
 from linattn.bench.cases import MIXERS, draw_inputs, length_of, parse_case
 from linattn.bench.costs import attention_flops, costs
-from linattn.bench.floor import Ceilings, floor_ms
+from linattn.bench.floor import floor_ms
 from linattn.bench.ops import bench_table, new_record
 from linattn.bench.peers import PEERS, RIVALS, Peer, Ready, flex_call, peers_of
 from linattn.bench.record import machine, read_records
@@ -28,14 +29,6 @@ from linattn.bench.timing import NOT_TIMED, Timing, sets_beyond_cache, time_host
 from linattn.core.dispatch import BackendError
 from linattn.mixers.taylor.cases import TaylorCase
 
-H200 = Ceilings(4.30e12, {torch.float32: 50e12, torch.bfloat16: 673e12})
-TINY = {
-    "taylor": "b1-h2-t96-f4-v8",
-    "prefix": "b1-h2-t96-f4-v8-m48",
-    "lightning": "b1-h2-t96-d8",
-    "window": "b1-h2-t96-d8-w9",
-    "shortconv": "b1-t96-d8-w3-silu-gate",
-}
 HERE = {"device": "cpu", "dtype": torch.float32, "ceilings": H200, "repeats": 2}
 
 

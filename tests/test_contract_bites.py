@@ -3,6 +3,7 @@
 Command: pytest tests/test_contract_bites.py
 """
 
+import functools
 from dataclasses import replace
 from unittest import mock
 
@@ -147,9 +148,14 @@ def step_on_all(inputs, pool, slots, **kw):
     return y
 
 
+@functools.cache
+def broken_by(name):
+    return broken_laws(WRAPPED[name]()).keys()
+
+
 @pytest.mark.parametrize("name", WRAPPED)
 def test_a_law_catches(name):
-    assert broken_laws(WRAPPED[name]()) != {}
+    assert len(broken_by(name)) > 0
 
 
 MAPS = taylor_chunked._feature_maps
@@ -193,10 +199,7 @@ def test_a_law_catches_inside_the_backend(name):
 
 
 def test_every_law_has_caught_something():
-    caught = set()
-    for plant in WRAPPED.values():
-        caught |= broken_laws(plant()).keys()
-    assert caught == LAWS.keys()
+    assert set().union(*map(broken_by, WRAPPED)) == LAWS.keys()
 
 
 def test_fp32_catches_what_rounds():

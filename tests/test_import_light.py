@@ -21,4 +21,4 @@ def test_imports_nothing_heavy():
 def test_import_takes_a_third_of_a_second_at_most():
     code = "import json, time, torch; t = time.perf_counter(); import linattn; "
     code += "print(json.dumps(time.perf_counter() - t))"
-    assert min(run(code) for _ in range(3)) < 0.3
+    assert any(run(code) < 0.3 for _ in range(3))

@@ -325,6 +325,7 @@ def test_the_cost_model(programs, tokens, want):
 DIMS = {"K": 128, "V": 128, "BK": 128}
 GROUPS = ("A_GROUP", "B_GROUP", "C_GROUP", "A2_GROUP", "B2_GROUP", "C2_GROUP", "Q_GROUP", "K_GROUP", "V_GROUP")
 SCAN = {"STATE_GROUP": 1, "INITIAL_GROUP": 1, "REVERSE": False, "PACKED": False, "INITIAL": True, "BLOCK": 1024}
+SCAN["AHEAD"] = 8
 DECAY = {"BV": 32, "C": 32, "STATE_GROUP": 1, "PACKED": False, "INITIAL": True, "FINAL": True}
 
 

@@ -18,42 +18,24 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from tiny import BYTES, write_checkpoint  # noqa: E402
 
 from linattn.cli.main import main  # noqa: E402
-from linattn.data import ByteTokenizer, load_tokenizer  # noqa: E402
-from linattn.data.meta import TokenizerMeta  # noqa: E402
+from linattn.data import load_tokenizer  # noqa: E402
 from linattn.generate import GREEDY, generate_text  # noqa: E402
 from linattn.hf import LinattnForCausalLM  # noqa: E402
 from linattn.hf.tokenizer import hf_tokenizer  # noqa: E402
-from linattn.models import BasedConfig, build_model  # noqa: E402
 from linattn.tasks.lm_eval import LinattnLM, ReadTwice, evaluate_harness, split_prompt  # noqa: E402
 from linattn.tasks.lm_eval_tasks import TASKS, write_tasks  # noqa: E402
-from linattn.train.weights import ModelCard, load_model, write_model  # noqa: E402
+from linattn.train.weights import load_model  # noqa: E402
 
-BYTES = ByteTokenizer()
-DIALS = BasedConfig(
-    d_model=32,
-    n_layers=3,
-    n_heads=2,
-    feature_dim=4,
-    window=8,
-    linear_layers=(1,),
-    window_layers=(2,),
-    d_hidden=48,
-    vocab_size=257,
-)
 STOP = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
 PROMPTS = ["Made by Acme. Applicant:", "The sky over there is blue. Colour:"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint as training writes it."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    made = TokenizerMeta("bytes", BYTES.name, BYTES.hash, 257, eos=256, eos_token=None)
-    write_model(build_model(DIALS), ModelCard(DIALS, made), folder, BYTES)
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def requests(kind, arguments):

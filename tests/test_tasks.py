@@ -7,32 +7,19 @@ import types
 
 import pytest
 import torch
+from tiny import BYTES, DIALS, write_checkpoint
 
 from linattn.cli.main import main
-from linattn.data import ByteTokenizer, load_tokenizer
-from linattn.data.meta import TokenizerMeta
+from linattn.data import load_tokenizer
 from linattn.generate import GREEDY, generate_text
 from linattn.generate.cutting import Codec
-from linattn.models import BasedConfig, Decoder, build_model
+from linattn.models import Decoder
 from linattn.tasks.completers import codec_of, hf_completer, linattn_completer
 from linattn.tasks.local import attributes, cloze
 from linattn.tasks.recall import contains, evaluate_recall, share, shorten
 from linattn.tasks.sources import SOURCES, answers_of, centres_of, load_documents
-from linattn.train.weights import ModelCard, write_model
 
-BYTES = ByteTokenizer()
 CODEC = Codec(BYTES.encode, BYTES.decode)
-DIALS = BasedConfig(
-    d_model=32,
-    n_layers=3,
-    n_heads=2,
-    feature_dim=4,
-    window=8,
-    linear_layers=(1,),
-    window_layers=(2,),
-    d_hidden=48,
-    vocab_size=257,
-)
 HUB = sorted(name for name, source in SOURCES.items() if source.hub is not None)
 ROWS = {
     "fda": {"text": "Made by Acme. applicant:", "key": "applicant", "value": "Acme"},
@@ -54,12 +41,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    """A checkpoint as training writes it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    made = TokenizerMeta("bytes", BYTES.name, BYTES.hash, 257, eos=256, eos_token=None)
-    write_model(build_model(DIALS), ModelCard(DIALS, made), folder, BYTES)
-    return folder
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 # ---- documents

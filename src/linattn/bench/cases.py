@@ -1,6 +1,6 @@
 """Shapes to measure: the published ones of each mixer's cases.py, and any other by its name, such as b4-h32-t8192-d128.
 
-pytest tests/test_bench.py -k case
+pytest tests/test_bench_floor.py -k case
 """
 
 from __future__ import annotations

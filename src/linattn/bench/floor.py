@@ -2,7 +2,7 @@
 
 A floor counts each input read once and each output written once. It is not a prediction.
 
-    pytest tests/test_bench.py -k floor
+    pytest tests/test_bench_floor.py -k floor
 """
 
 from __future__ import annotations

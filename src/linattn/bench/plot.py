@@ -3,7 +3,7 @@
 The suffix chooses the format: .png (180 dots an inch) or .svg. Lines carry their own labels, so that no legend has to
 be matched by colour.
 
-    pytest tests/test_bench.py -k plot
+    pytest tests/test_bench_plot.py
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A CPU is timed by its clock, a GPU by events around work that the host has had time to enqueue; medians with p20 and
 p80, and the fastest. Not a profiler, and not a gate: a time says nothing about whether the result was right.
 
-    pytest tests/test_bench.py -k timing
+    pytest tests/test_bench_floor.py -k timing
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A batch of unequal prompts is a packed batch, so that no row meets a pad or another row. Text and stop strings are one
 file further (text.py), and so are prefix models' strategies for short prompts (prompting.py).
 
-    pytest tests/test_generate.py -k "greedy or prefill"
+    pytest tests/generate -k "greedy or prefill"
 """
 
 from __future__ import annotations

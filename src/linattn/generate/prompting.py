@@ -22,7 +22,7 @@ the last three, each better than "pad" on recall from 512 tokens of 1,024):
 
 The published prompts, data set by data set, are in templates.py; shortening a context to fit is in cutting.py.
 
-    pytest tests/test_read_twice.py; pytest tests/test_generate.py -k prefix
+    pytest tests/test_read_twice.py; pytest tests/generate -k prefix
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read a document of any length into a state, in constant memory; its exact loss on the way if asked for.
 
-pytest tests/test_generate.py -k read
+pytest tests/generate -k read
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `probabilities` is the distribution and `sample` one draw from it, so that every filter can be checked by its numbers.
 Each row draws from a generator of its own: what is written in a row depends on its logits and its seed alone.
 
-    pytest tests/test_generate.py -k sampling
+    pytest tests/generate -k sampling
 """
 
 from __future__ import annotations

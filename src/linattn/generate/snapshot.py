@@ -6,7 +6,7 @@
 The file is judged by its header, before anything of its size is allocated. A loaded state goes on bit by bit as the
 saved one would have. Not here: the weights.
 
-    pytest tests/test_generate.py -k snapshot
+    pytest tests/generate -k snapshot
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Text in, text out: generation with a tokenizer, stop strings and streaming.
 
-pytest tests/test_generate.py -k "text or stop"
+pytest tests/generate -k "text or stop"
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 At 65,536 tokens and 50,264 columns the float32 logits are 13 GB, and their gradient as much again. With ``chunk`` only
 ``chunk`` rows of them live at a time. This computes a loss; it does not know which tokens a model should predict.
 
-    pytest tests/test_nn.py -k loss
+    pytest tests/test_nn_loss.py
 """
 
 from __future__ import annotations

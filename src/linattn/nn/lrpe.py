@@ -3,7 +3,7 @@
 Backend "triton" makes each angle in registers, once for a query and its key, and reads and writes each number once.
 Backend "torch" holds cosines and sines in memory, on any device.
 
-    pytest tests/test_lrpe.py tests/test_nn.py -k lrpe
+    pytest tests/test_lrpe.py tests/test_nn_positions.py -k lrpe
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Angles are float64 until they are reduced to one turn, and only then float32. Co
 radians at position 1,000,000, and the angle between two tokens of one 128-token window by 0.05. Nothing here stores a
 table: the frequencies are rebuilt from Python numbers in each call, so that no cast and no `to_empty` can spoil them.
 
-    pytest tests/test_nn.py -k rotary
+    pytest tests/test_nn_positions.py -k rotary
 """
 
 from __future__ import annotations

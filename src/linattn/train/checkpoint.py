@@ -6,7 +6,7 @@
 A checkpoint is written beside its place and renamed into it when it is whole, on the disk and not only in its cache:
 a full disk or a lost machine leaves the one before.
 
-    pytest tests/test_train.py -k checkpoint
+    pytest tests/train -k checkpoint
 """
 
 from __future__ import annotations

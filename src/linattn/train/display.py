@@ -1,6 +1,6 @@
 """The run as a person sees it: one live line on a terminal, plain lines anywhere else.
 
-pytest tests/test_train.py -k display
+pytest tests/train -k display
 """
 
 from __future__ import annotations

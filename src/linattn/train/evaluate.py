@@ -3,7 +3,7 @@
 Every target of the split counts once, however the windows fall. A window starts with nothing read, so a larger length
 measures with more context.
 
-    pytest tests/test_train.py -k evaluat
+    pytest tests/train -k evaluat
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A folder that is there whole or not at all.
 
-pytest tests/test_train.py -k "disk or twice"
+pytest tests/train -k "disk or twice"
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 metrics.jsonl is one JSON object a line, each with "step". The file of a run that was killed and resumed has the lines
 of a run that never was.
 
-    pytest tests/test_train.py -k metrics
+    pytest tests/train -k metrics
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An objective turns a batch of the loader into a `Problem`, tensors only, and never sees the model. `term_sums` runs a
 model on one. Losses are sums, so that the loop can divide by the targets of all micro-batches and ranks together.
 
-    pytest tests/test_train.py -k objective
+    pytest tests/train -k objective
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """AdamW and which parameters it decays.
 
-pytest tests/test_train.py -k decay
+pytest tests/train -k decay
 """
 
 from __future__ import annotations

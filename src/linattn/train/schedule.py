@@ -2,7 +2,7 @@
 
 Not here: the optimizer (optim.py), which is only told a number before each update.
 
-    pytest tests/test_train.py -k schedule
+    pytest tests/train -k schedule
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a run ends early: by Ctrl-C or SIGTERM, a loss that is no number, a full disk. Nothing is lost.
 
-pytest tests/test_train.py -k "signal or nan or disk"
+pytest tests/train -k "signal or nan or disk"
 """
 
 from __future__ import annotations
