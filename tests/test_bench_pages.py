@@ -141,6 +141,14 @@ def test_the_page_tells_what_a_token_costs():
     assert cells(page, "b1-h16-t1048576-d128")[4:] == ["1.00", "1.48", "1.5", "yes"]
 
 
+def test_a_row_that_does_not_fill_the_places_for_programs_may_cost_more():
+    """128 rows of heads are one program a multiprocessor, and taylor's fit two."""
+    records = [a_record(f"b{b}-h16-t{2**19 // b}-f16-v64", p50=p50, op="taylor") for b, p50 in ((32, 1.0), (8, 1.3))]
+    page = pages.op_page(records, "x.csv")
+    assert cells(page, "b32-h16-t16384-f16-v64 | fwd")[5:] == ["1.00", "1.1", "yes"]
+    assert cells(page, "b8-h16-t65536-f16-v64 | fwd")[5:] == ["1.30", "1.5", "yes"]
+
+
 def test_the_page_tells_memory_over_what_the_tensors_hold():
     """Seven tensors of 4 x 32 x 32,768 x 128 in bfloat16: q, k, v, o, dq, dk, dv, 1 GiB each."""
     case = "b4-h32-t32768-d128"

@@ -35,8 +35,8 @@ HELD = (
 )
 FLAT, SPLIT = 1.10, 1.5
 """Dearest over cheapest token that is promised while rows times heads fill the SMs, and where a sequence is split."""
-FULL = 128
-"""Rows times heads from which they do."""
+FULL = {"lightning": 128, "taylor": 256}
+"""Rows times heads from which they do: one program of lightning's is on a multiprocessor of 132, two of taylor's."""
 FLAT_WORDS = (
     "As many tokens in every row of the table, in texts of growing length; each row is the median of laps over all of "
     "them. Forward writes the State of every text: x bytes is what short texts move for that."
@@ -214,10 +214,10 @@ def flat_table(records: Sequence[Record]) -> str:
     for pass_ in dict.fromkeys(r.pass_ for r in ours):
         some = [r for r in ours if r.pass_ == pass_]
         cost = {r.case: r.p50_ms * 1e6 / math.prod(_sizes(r.case)) for r in some}
-        full = [c for case, c in cost.items() if _full(case)]
+        full = [cost[r.case] for r in some if _full(r)]
         least = min(full or cost.values())
         for r in some:
-            limit = FLAT if _full(r.case) else SPLIT
+            limit = FLAT if _full(r) else SPLIT
             times = cost[r.case] / least
             verdict = "yes" if times <= limit else "no"
             cells = [r.case, pass_, ms(r.p50_ms), f"{cost[r.case]:.3f}", f"{_with_states(r):.2f}"]
@@ -285,6 +285,6 @@ def _sizes(case: str) -> tuple[int, int, int]:
     return numbers["b"], numbers["h"], numbers["t"]
 
 
-def _full(case: str) -> bool:
-    batch, heads, _ = _sizes(case)
-    return batch * heads >= FULL
+def _full(record: Record) -> bool:
+    batch, heads, _ = _sizes(record.case)
+    return batch * heads >= FULL[record.op]
