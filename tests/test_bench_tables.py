@@ -204,10 +204,23 @@ def test_a_backend_that_refuses_is_no_failed_gate_unless_no_other_runs():
     for records, status in (
         ([record("linattn", "ok"), record("linattn:cuda", "refused: needs value dims up to 128")], 0),
         ([record("linattn", "refused")], 1),
+        ([record("linattn:cuda", "refused: needs value dims up to 128")], 1),
         ([record("linattn:cuda", "parity")], 1),
     ):
         with mock.patch("linattn.bench.run.bench_op", return_value=records):
             assert run_bench(BenchConfig("taylor", device="cpu"), quiet()) == status
+
+
+def test_what_was_measured_of_compared_rows_is_kept_where_the_gpu_no_longer_answers():
+    rows = [Row(case, ("fwd",), section="flat") for case in (TINY["taylor"], "b1-h2-t64-f4-v8", "b1-h2-t32-f4-v8")]
+    console = quiet()
+    with mock.patch.object(ops, "answers", side_effect=[True, True, True, True, False]):
+        records = bench_table("taylor", rows, peers=False, console=console, **{**HERE, "repeats": 3})
+    assert sorted((r.case, r.runs) for r in records) == [
+        ("b1-h2-t32-f4-v8", 1),
+        ("b1-h2-t64-f4-v8", 2),
+        (TINY["taylor"], 2),
+    ]
 
 
 def test_a_table_without_peers_has_ours_alone():

@@ -129,6 +129,8 @@ def bench_table(
 ) -> list[Record]:
     """One op's table on a GPU, ours beside the public kernels, each row appended as soon as it is measured.
 
+    Rows of constant tokens, which are compared with one another, come last, in laps: appended in the last of them.
+
     A peer that is absent, too slow or fails has a line with the reason in place of a verdict; so has ours.
 
     Args:
@@ -146,23 +148,29 @@ def bench_table(
     path = results_path(op, device, out) if record else None
     first = Setting(op, MIXERS[op] if mixer is None else mixer, device, dtype, absent=True, slow_s=SLOW_S, laws=laws)
     first = replace(first, say=lambda line: console.print(line, style="red", highlight=False))
+
+    def report(row: Row, pass_: Pass, laps: Sequence[Sequence[Measured]]) -> list[Record]:
+        target = row.targets.get(pass_)
+        limit = None if target is None else target.limit_ms
+        # A lap whose inputs could not be drawn has a line of ours alone.
+        over = [_over_laps(entry) for entry in zip(*laps, strict=False)]
+        return _report(first, parse_case(op, row.case), pass_, over, [], here, limits, console, path, limit)
+
     records: list[Record] = []
     todo: list[tuple[Row, Pass]] = [
         (row, pass_) for row in rows for pass_ in row.passes if not passes or pass_ in passes
     ]
     for group, laps in _in_laps(todo):
-        measured: list[list[list[Measured]]] = [[] for _ in group]
+        measured: dict[int, list[list[Measured]]] = {}
         for n, (row, pass_) in list(enumerate(group)) * laps:
             impls = ("linattn", *(RIVALS if peers and row.peers else ()))
             setting, case = replace(first, impls=impls, host=row.host), parse_case(op, row.case)
-            measured[n].append(_measure_case(setting, case, pass_, -(-repeats // laps), budget_s / laps)[0])
-            if len(measured[n]) == laps:
-                target = row.targets.get(pass_)
-                limit = None if target is None else target.limit_ms
-                # A lap whose inputs could not be drawn has a line of ours alone.
-                over = [_over_laps(entry) for entry in zip(*measured[n], strict=False)]
-                records += _report(setting, case, pass_, over, [], here, limits, console, path, limit)
-            if not answers(device):
+            found, _ = _measure_case(setting, case, pass_, -(-repeats // laps), budget_s / laps)
+            measured.setdefault(n, []).append(found)
+            alive = answers(device)
+            for done in [n] * (len(measured[n]) == laps) if alive else list(measured):
+                records += report(*group[done], measured.pop(done))
+            if not alive:
                 console.print("the GPU no longer answers after this case; the table ends here", style="bold red")
                 return records
     return records

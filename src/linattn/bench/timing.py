@@ -106,7 +106,7 @@ def summary(ms: Sequence[float]) -> Timing:
 
 
 def over_laps(laps: Sequence[Timing]) -> Timing:
-    """One timing of several of the same call with other work between them: the median lap's percentiles."""
+    """One timing of several of the same call with other work between them: each percentile's median over the laps."""
     p20, p50, p80 = (float(p) for p in np.median([(t.p20_ms, t.p50_ms, t.p80_ms) for t in laps], 0))
     return Timing(min(t.best_ms for t in laps), p20, p50, p80, sum(t.runs for t in laps))
 

@@ -1,6 +1,6 @@
 """The configuration of a linattn model as transformers keeps it: config.json with our own dials under ``model``.
 
-pytest tests/hf/test_hf_config.py
+pytest tests/hf/test_hf_save.py
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The position counts samples consumed (shuffled windows) or updates (stateful streams). Reading the same position gives
 the same tensors, which is all that resuming needs of the data.
 
-    pytest tests/train -k feed
+    pytest tests/train/test_train_resume.py
 """
 
 from __future__ import annotations

@@ -178,6 +178,7 @@ def _sweep_launcher(
 ) -> Launch:
     """heads: of the sweep. reverse: from the last token on. summary: what each segment adds to the state is put out."""
     output, initial, final, packed, pair = given
+    assert cut.part or not summary, "of a cut whose segments are all read, `_first_heard` cannot say what is heard"
     K, V, tokens = tensors[1].shape[-1], tensors[2].shape[-1], tensors[1].shape[1]
     numbers = [scale, tokens, cut.tokens, cut.per_row, cut.part]
     for x in tensors[:8]:

@@ -132,7 +132,8 @@ def _sweep(
     STATE_GROUP heads share a state; the first of them writes it. SPLIT: documents are cut in segments of
     segment_tokens (a multiple of C), per_row of them a row, or as segment_document and segment_start say when packed.
     PAIR: even programs sweep the first four tensors, odd ones the second four, with the state transposed.
-    FINAL: 0 nothing, 1 the state after each document, 2 what each segment adds, ``part`` segments being read as one.
+    FINAL: 0 nothing, 1 the state after each document, 2 what each segment adds, ``part`` (at least 1) segments being
+    read as one.
     """
     h = tl.program_id(1)
     block = tl.program_id(0)

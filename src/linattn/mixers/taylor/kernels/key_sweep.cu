@@ -10,7 +10,7 @@
 //     adds all sources to its own 16 columns of the state, [16, 160] in registers, and leaves them in 16 bits.
 // A reader's gradient is whole in one warp, so that no parts meet. Two warps for each 16 columns, of 80 products each, hide
 // more of each other's waits, but both read the values, and half of each gradient changes warps: 0.26 and 0.29 ms where
-// one takes 0.21 and 0.22 (dq and dk of 32 x 2048, 16 heads, V 64).
+// one took 0.21 and 0.22 (dq and dk of 32 x 2048, 16 heads, V 64).
 // What the normaliser adds is the gradient of the quadratic form of value_sweep.cu, delta scale (zk + scale Z q): Z and zk
 // are kept by the warp that has least to do inside the chunk.
 //

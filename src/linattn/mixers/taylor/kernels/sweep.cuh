@@ -54,7 +54,7 @@ DEVICE Span span_of(const Given& g, i64 segment) {
 #if SPLIT
     span.idle = PACKED && span.first > 0 && span.first >= span.length;
     if (FINAL == 2 && g.part) {
-        // Of the segments that are read as one, the last (in reverse: the first) of a document are read by nobody.
+        // As adds_for_nobody in core/triton_parts.py.
         const int index = span.first / g.segment_tokens, behind = (index / g.part + 1) * g.part;
         span.idle |= REVERSE ? index < g.part : (i64)behind * g.segment_tokens >= span.length;
     }
