@@ -26,7 +26,8 @@ test: $(VENV)/installed
 
 test-all: lint test test-wheel test-hf-newest test-triton-newest test-slow
 
-# Soak, load and the full demo, one after another and on all cores: about fifteen minutes on two.
+# Soak, load, the full demo, and every law of the kernels on every case, one after another and on all cores: about
+# eighteen minutes on two.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 0 -m "slow and not gpu"
 

@@ -37,7 +37,9 @@ def usage(capability: int, builds: dict[str, Build]) -> dict[str, dict[str, int]
     print(json.dumps([capability, {name: asdict(build) for name, build in builds.items()}]), file=compiler.stdin)
     compiler.stdin.flush()
     answer = compiler.stdout.readline()
-    assert answer, f"the compiler ended with {compiler.wait()}"
+    if not answer:
+        _compiler.cache_clear()
+        raise AssertionError(f"the compiler ended with {compiler.wait()} at one of {list(builds)}; it says why above")
     found, error = json.loads(answer)
     assert error is None, error[-2000:]
     return found

@@ -20,13 +20,25 @@ def test_dtype(subject, dtype):
     assert {name: wrong for name, wrong in broken.items() if wrong} == {}
 
 
-FROM_A_STATE = dict.fromkeys(LENGTHS, (torch.float64, torch.float32)) | {1000: (torch.float32,)}
-"""float32 from nothing is `test_dtype`'s: what it loses where it begins from nothing it loses from a State, too."""
+BOTH = (torch.float64, torch.float32)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [n for n in LENGTHS if n < 1000])
 @pytest.mark.parametrize("subject", SUBJECTS, ids=name_of)
 def test_length(subject, length):
-    assert parity(subject._replace(dtype=torch.float64), length) == []
-    for dtype in FROM_A_STATE[length]:
+    for dtype in BOTH:
+        assert parity(subject._replace(dtype=dtype), length) == []
         assert parity_from_state(subject._replace(dtype=dtype), length) == []
+
+
+@pytest.mark.parametrize("law, dtype", ((parity, torch.float64), (parity_from_state, torch.float32)))
+@pytest.mark.parametrize("subject", SUBJECTS, ids=name_of)
+def test_the_longest(subject, law, dtype):
+    assert law(subject._replace(dtype=dtype), max(LENGTHS)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law, dtype", ((parity, torch.float32), (parity_from_state, torch.float64)))
+@pytest.mark.parametrize("subject", SUBJECTS, ids=name_of)
+def test_the_longest_in_the_other_dtype(subject, law, dtype):
+    assert law(subject._replace(dtype=dtype), max(LENGTHS)) == []

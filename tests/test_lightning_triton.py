@@ -15,7 +15,7 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
 
-import eager
+import operator_checks
 import triton
 from ahead_of_time import SHARED, Build, usage
 from plans import changed_by_others
@@ -46,7 +46,7 @@ LAWS = {
     "parity": (0, 2, 5),
     "parity_from_state": range(6),
     "a_split_is_the_whole": (0, 1, 2),
-    "packed_is_alone": (0, 2, 3),
+    "packed_is_alone": (0, 2, 3, 4, 5),
     "nothing_is_uninitialised": (0, 5),
 }
 """Which cases each is asked about, of cases that share their dims, decays or heads; about all in the slow tests."""
@@ -180,22 +180,22 @@ def attend(q, k, v, log_decay, S0, return_state=True):
 @pytest.mark.parametrize("return_state", (True, False))
 def test_eager_calls_leave_the_dispatcher_out_and_change_nothing(interpreted, return_state):
     """Where something looks on, a mode here, it sees the operators."""
-    names, same = eager.watched(functools.partial(attend, return_state=return_state), few_inputs())
+    names, same = operator_checks.watched(functools.partial(attend, return_state=return_state), few_inputs())
     assert names == ["linattn::lightning_forward", "linattn::lightning_backward"]
     assert same == [True] * (7 if return_state else 6)
 
 
 def test_gradients_reach_only_what_asks_for_them(interpreted):
-    assert eager.reached(attend, few_inputs(), only=1) == ([1], True)
+    assert operator_checks.reached(attend, few_inputs(), only=1) == ([1], True)
 
 
 def test_a_gradient_of_the_gradient_is_refused_not_wrong(interpreted):
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        eager.differentiate_twice(functools.partial(attend, return_state=False), few_inputs())
+        operator_checks.differentiate_twice(functools.partial(attend, return_state=False), few_inputs())
 
 
 def test_compiles_without_a_graph_break(interpreted):
-    assert [error < 1e-6 for error in eager.compiled_errors(attend, few_inputs())] == [True] * 7
+    assert [error < 1e-6 for error in operator_checks.compiled_errors(attend, few_inputs())] == [True] * 7
 
 
 def test_a_call_seen_before_is_checked_again_where_values_differ(interpreted):

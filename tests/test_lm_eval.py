@@ -18,7 +18,7 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
-from tiny import BYTES, write_checkpoint  # noqa: E402
+from tiny_checkpoint import BYTES, write_checkpoint  # noqa: E402
 
 from linattn.cli.main import main  # noqa: E402
 from linattn.data import load_tokenizer  # noqa: E402

@@ -180,6 +180,13 @@ def test_decoding_is_the_fold(model):
     assert model.take(pool, slots).tokens.tolist() == [30, 30]
 
 
+def test_a_step_takes_one_token_a_row(model):
+    pool, batch = model.new_pool(2, capacity=8), torch.tensor([0, 1], dtype=torch.int32)
+    for wrong in (torch.randn(2, model.config.d_model), torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"tokens must be int64 of shape \[B\], got"):
+            model.step_(wrong, pool, batch)
+
+
 PLACES = {
     "plain": {},
     "mask": {"mask": torch.tensor([[True] * 12, [False] * 3 + [True] * 4 + [False] * 3 + [True] * 2])},

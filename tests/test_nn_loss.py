@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nn_draws import EXACT, F64, normal
+from nn_shared import EXACT, F64, normal
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 

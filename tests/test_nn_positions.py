@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from nn_draws import EXACT, F64, flat, n_parameters, normal
+from nn_shared import EXACT, F64, flat, n_parameters, normal
 
 from linattn.core.numerics import relative_error
 from linattn.nn import LRPE, Rotary, apply_rotary, rotary_angles, rotary_frequencies

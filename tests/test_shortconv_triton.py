@@ -61,8 +61,9 @@ def test_it_is_the_reference(interpreted, case, length):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_from_nothing_it_is_the_reference(interpreted, case):
-    assert laws.parity(subject(case), 20) == []
+@pytest.mark.parametrize("length", (2, 20))
+def test_from_nothing_it_is_the_reference(interpreted, case, length):
+    assert laws.parity(subject(case), length) == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

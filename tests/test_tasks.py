@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from tiny import BYTES, DIALS, write_checkpoint
+from tiny_checkpoint import BYTES, DIALS, write_checkpoint
 
 from linattn.cli.main import main
 from linattn.data import load_tokenizer

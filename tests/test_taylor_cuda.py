@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ if torch.cuda.is_available():
     pytest.skip("the interpreter's kernels would take the place of the GPU's", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 
 import triton
 from ahead_of_time import SHARED
@@ -225,6 +223,21 @@ def test_a_bug_planted_for_hopper_is_caught(monkeypatch, built, file, old, new):
     emulate(monkeypatch, built, (file, old, new))
     over = overstepped(70, 64, backward=file == "key_sweep.cu")
     assert max(over.values(), default=0) >= 2, over
+
+
+MISALIGNED = (
+    ("value_sweep.cu", "*(u32*)(slab + (8 * half + row) * ROW_Y + 8 * j + pair)", "*(u32*)(slab + 8 * j + pair + 1)"),
+    ("sweep.cuh", "ahead(pieces, 256 * GROUPS * s)", "ahead(pieces, 256 * GROUPS * s + 8)"),
+)
+
+
+@needs_gxx
+@pytest.mark.parametrize("edit", MISALIGNED, ids=("a pair of outputs", "the pieces of a wide product"))
+def test_an_address_off_its_alignment_is_an_error(monkeypatch, built, edit):
+    """A CPU would read it, a GPU does not: the first by the compiler's check, the second by the emulator's own."""
+    emulate(monkeypatch, built, edit)
+    with pytest.raises(EmulationError, match="off its alignment"):
+        overstepped(70, 64, backward=False)
 
 
 def test_the_emulator_has_every_instruction():

@@ -16,7 +16,7 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
 
-import eager
+import operator_checks
 from ahead_of_time import SHARED, Build, usage
 from plans import changed_by_others
 from taylor_truth import above, errors
@@ -257,22 +257,22 @@ def attend(q, k, v, S0, z0, return_state=True):
 @pytest.mark.parametrize("return_state", (True, False))
 def test_eager_calls_leave_the_dispatcher_out_and_change_nothing(interpreted, return_state):
     """Where something looks on, a mode here, it sees the operators."""
-    names, same = eager.watched(functools.partial(attend, return_state=return_state), few_inputs())
+    names, same = operator_checks.watched(functools.partial(attend, return_state=return_state), few_inputs())
     assert names == ["linattn::taylor_forward", "linattn::taylor_backward"]
     assert same == [True] * (8 if return_state else 6)
 
 
 def test_gradients_reach_only_what_asks_for_them(interpreted):
-    assert eager.reached(attend, few_inputs(), only=1) == ([1], True)
+    assert operator_checks.reached(attend, few_inputs(), only=1) == ([1], True)
 
 
 def test_a_gradient_of_the_gradient_is_refused_not_wrong(interpreted):
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        eager.differentiate_twice(functools.partial(attend, return_state=False), few_inputs())
+        operator_checks.differentiate_twice(functools.partial(attend, return_state=False), few_inputs())
 
 
 def test_compiles_without_a_graph_break(interpreted):
-    assert [error < 1e-6 for error in eager.compiled_errors(attend, few_inputs())] == [True] * 8
+    assert [error < 1e-6 for error in operator_checks.compiled_errors(attend, few_inputs())] == [True] * 8
 
 
 @pytest.mark.parametrize(

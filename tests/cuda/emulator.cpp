@@ -217,6 +217,8 @@ void store_matrix_transposed(void* row, u32 a, u32 b, u32 c, u32 d) {
 }
 
 void emulated::start_wide(float (*d)[4], int N, const u32 (&a)[4], Pieces b, bool fresh) {
+    demand_aligned(b.at, b.at, 16);
+    demand(b.next_k % 16 == 0 && b.next_n % 16 == 0, "an address off its alignment");
     auto& wides = fibers[thread].wides;
     bool under_way = false;
     for (const Wide& other : wides) under_way |= other.d == d;

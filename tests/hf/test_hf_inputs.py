@@ -124,15 +124,28 @@ def test_positions_that_count_on_are_no_news(model):
 )
 def test_positions_that_mean_nothing_here_are_refused(positions, message):
     with pytest.raises(ValueError, match=message):
-        packed_documents(torch.tensor(positions), torch.Size((2, 4)), None, 0)
+        packed_documents(torch.tensor(positions), torch.Size((2, 4)), None, False)
 
 
 def test_packing_goes_with_neither_pads_nor_a_cache():
     positions, shape = torch.tensor([[0, 1, 0, 1]]), torch.Size((1, 4))
-    assert packed_documents(positions, shape, None, 0).tolist() == [0, 2, 4]
-    for mask, read in ((None, 3), (torch.tensor([[True, True, True, False]]), 0)):
+    assert packed_documents(positions, shape, None, False).tolist() == [0, 2, 4]
+    for mask, cached in ((None, True), (torch.tensor([[True, True, True, False]]), False)):
         with pytest.raises(ValueError, match="neither pads nor a cache"):
-            packed_documents(positions, shape, mask, read)
+            packed_documents(positions, shape, mask, cached)
+
+
+def test_packing_goes_with_no_cache_that_is_empty_either(model):
+    """It would hold a row a document, where the next call has one a row of the batch."""
+    ids = prompts()
+    positions = torch.arange(ids.shape[1]) % (ids.shape[1] // 2)
+    with pytest.raises(ValueError, match="neither pads nor a cache"):
+        model(ids, position_ids=positions.expand(ids.shape), past_key_values=LinattnCache())
+
+
+def test_vectors_are_not_taken_for_tokens(model):
+    with pytest.raises(ValueError, match=r"input_ids must be int64 \[B, T\], got torch.float32; give vectors as"):
+        model(torch.randn(2, 4, model.config.hidden_size))
 
 
 def test_logits_to_keep(model):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from training import some_config, some_text
+from small_runs import some_config, some_text
 
 from linattn.data import prepare
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import lines_of, run_quietly, same_files
+from small_runs import lines_of, run_quietly, same_files
 
 from linattn.core import files
 from linattn.train import TrainingStopped, checkpoint, load_model, loop, metrics, weights

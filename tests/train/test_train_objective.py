@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_runs import BASED, JRT_MODEL, run_quietly, some_text
 from torch.nn import functional as F
-from training import BASED, JRT_MODEL, run_quietly, some_text
 
 from linattn.data import Loader, TokenShards, prepare
 from linattn.models import TransformerConfig, build_model

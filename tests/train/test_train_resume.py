@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import BASED, lines_of, run_quietly, same_files, some_config, some_text
+from small_runs import BASED, lines_of, run_quietly, same_files, some_config, some_text
 
 from linattn.core.config import to_data
 from linattn.data import prepare

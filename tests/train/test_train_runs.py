@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from training import BASED, JRT_MODEL, lines_of, run_quietly, some_text
+from small_runs import BASED, JRT_MODEL, lines_of, run_quietly, some_text
 
 from linattn.data import TokenShards, prepare
 from linattn.models import TransformerConfig, TransNormerConfig

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from training import BASED, JRT_MODEL
+from small_runs import BASED, JRT_MODEL
 
 from linattn.core.config import from_data, to_data
 from linattn.models import TransNormerConfig, build_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training import run_quietly
+from small_runs import run_quietly
 
 from linattn.models import TransNormerConfig, build_model
 from linattn.train import checkpoint, export, load_model, load_model_tokenizer, loop

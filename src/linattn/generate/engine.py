@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from linattn.generate.sampling import DEFAULT, SamplingConfig, row_generators, row_seeds, sample, seen_tokens
-from linattn.models.decoder import Decoder, ModelState, Output, map_model_state
+from linattn.models import Decoder, ModelState, Output, map_model_state
 
 CHUNK = 2048
 """Tokens of each row that are read at a time. Activations grow with it; the State does not."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linattn.generate.engine import CHUNK, check_chunk, check_ids
-from linattn.models.decoder import Decoder, ModelState
+from linattn.models import Decoder, ModelState
 
 LOSS_ROWS = 256
 """Rows whose logits live at a time: 51 MB in fp32 at 50,257 tokens, whatever the chunk."""

@@ -27,7 +27,7 @@ from torch import nn
 
 from linattn.core.config import to_data
 from linattn.core.files import write_tensors
-from linattn.models.decoder import Decoder, ModelState
+from linattn.models import Decoder, ModelState
 
 FORMAT = "linattn.state"
 VERSION = 1

@@ -12,7 +12,7 @@ from linattn.data.tokenizer import StreamDecoder, Tokenizer
 from linattn.generate.engine import CHUNK, FinishReason
 from linattn.generate.prompting import STRATEGIES, Order, PrefixStrategy, ShortPrompt, generate_short, read_twice
 from linattn.generate.sampling import DEFAULT, GREEDY, SamplingConfig
-from linattn.models.decoder import Decoder, ModelState
+from linattn.models import Decoder, ModelState
 
 OnText = Callable[[int, str], None]
 

@@ -51,7 +51,7 @@ def _diagonal(mask: Tensor, tokens: int) -> Tensor:
 
 
 @torch.compiler.disable
-def packed_documents(position_ids: Tensor, shape: torch.Size, mask: Tensor | None, read: int) -> Tensor | None:
+def packed_documents(position_ids: Tensor, shape: torch.Size, mask: Tensor | None, cached: bool) -> Tensor | None:
     """cu_seqlens int32 [N+1] over the flattened batch if ``position_ids`` begin anew at 0 inside a row, else None.
 
     Only differences of positions matter to these models, and the model counts for itself; where a row starts is of no
@@ -61,7 +61,7 @@ def packed_documents(position_ids: Tensor, shape: torch.Size, mask: Tensor | Non
         position_ids: int64 [B, T] or [1, T].
         shape: (B, T) of the tokens.
         mask: bool [B, T] or None.
-        read: columns in the cache.
+        cached: whether a cache was given, be it empty: its rows are the batch's, not the documents'.
 
     Raises:
         ValueError: positions that neither count up by one nor begin anew at 0; documents that begin anew under a mask,
@@ -83,7 +83,7 @@ def packed_documents(position_ids: Tensor, shape: torch.Size, mask: Tensor | Non
             "position_ids must count up by one along each row, and may begin anew at 0, where another document begins; "
             f"got {position_ids.tolist() if position_ids.numel() <= 64 else 'others'}"
         )
-    if mask is not None or read:
+    if mask is not None or cached:
         raise ValueError(
             "position_ids that begin anew at 0 pack several documents into a row; that goes with neither pads nor a "
             "cache: leave out attention_mask and past_key_values"

@@ -191,14 +191,14 @@ class LinattnForCausalLM(PreTrainedModel, LinattnGenerationMixin):
         mask = padding_mask(attention_mask, given, read)
         cu_seqlens = None
         if position_ids is not None and given.shape[1] > 1:
-            cu_seqlens = packed_documents(position_ids, given.shape[:2], mask, read)  # pyright: ignore[reportCallIssue]
+            cu_seqlens = packed_documents(position_ids, given.shape[:2], mask, cache is not None)  # pyright: ignore[reportCallIssue]
         prefix = self._prefix_lengths(prefix_length, cache, document_lengths(given, mask, cu_seqlens))
         return {"mask": mask, "cu_seqlens": cu_seqlens, "prefix_lengths": prefix}
 
     def _read(
         self, given: Tensor, documents: dict[str, Tensor | None], cache: LinattnCache | None, record: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """hidden [B, T, d_model] of ``given`` [B, T, ...], and if ``record`` its hidden states; the cache goes on."""
+        """hidden [B, T, d_model] of ``given`` [B, T, ...], and if ``record`` its hidden states. The cache goes on."""
         out = self.model(
             given if documents["cu_seqlens"] is None else given.flatten(0, 1)[None],
             **documents,
@@ -253,6 +253,8 @@ class LinattnForCausalLM(PreTrainedModel, LinattnGenerationMixin):
 def _check(input_ids: Any, inputs_embeds: Any, width: int, cache: Any, attentions: Any) -> None:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds")
+    if input_ids is not None and input_ids.is_floating_point():
+        raise ValueError(f"input_ids must be int64 [B, T], got {input_ids.dtype}; give vectors as inputs_embeds")
     if inputs_embeds is not None and (
         inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width or not inputs_embeds.is_floating_point()
     ):

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from linattn.models.based import BasedConfig, based_1b, based_360m
-from linattn.models.decoder import (
-    Decoder,
-    DecoderConfig,
-    ModelState,
-    Output,
-    map_model_state,
-    model_state_bytes,
-)
+from linattn.models.decoder import Decoder, DecoderConfig, Output
 from linattn.models.jrt import JRTConfig, jrt_1b, jrt_360m
+from linattn.models.state import ModelState, map_model_state, model_state_bytes
 from linattn.models.transformer import TransformerConfig, transformer_1b, transformer_1b_fast, transformer_360m
 from linattn.models.transnormer import (
     TransNormerConfig,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linattn.core.config import require_positive
-from linattn.core.mixer import map_state, state_bytes
 from linattn.core.pool import pool_rows
 from linattn.core.shapes import (
     Segment,
@@ -30,6 +29,8 @@ from linattn.mixers.shortconv.layer import ShortConvConfig
 from linattn.mixers.softmax.layer import SoftmaxConfig
 from linattn.mixers.taylor.layer import TaylorConfig
 from linattn.mixers.window.layer import WindowConfig
+from linattn.models.packing import pack, with_pads, without_pads
+from linattn.models.state import ModelState
 from linattn.nn import SGLU, Embedding, Head, SwiGLU, cross_entropy, make_norm
 
 MixerConfig = TaylorConfig | PrefixConfig | LightningConfig | WindowConfig | ShortConvConfig | SoftmaxConfig
@@ -62,16 +63,6 @@ class DecoderConfig:
             raise ValueError("DecoderConfig.mixers is empty; a model has at least one layer")
 
 
-class ModelState(NamedTuple):
-    """What a model remembers of N documents.
-
-    tokens: int64 [N], how many it has read. layers: one State a layer, each with N rows.
-    """
-
-    tokens: Tensor
-    layers: tuple[Any, ...]
-
-
 class Output(NamedTuple):
     """What a forward pass returns: hidden [B, T, d_model], logits as asked for, and what else was asked for.
 
@@ -82,27 +73,6 @@ class Output(NamedTuple):
     logits: Tensor | None
     state: ModelState | None
     hidden_states: tuple[Tensor, ...] | None = None
-
-
-class Packing(NamedTuple):
-    """A padded batch [B, T] as one row [1, B*T]: real tokens row by row, then all pads as document B."""
-
-    order: Tensor
-    """int64 [B*T]: which token of the flattened batch stands at each place."""
-    place: Tensor
-    """int64 [B*T]: where each token of the flattened batch went."""
-    cu_seqlens: Tensor
-    """int32 [B+2]."""
-
-
-def pack(mask: Tensor) -> Packing:
-    """Pack by mask bool [B, T], True on real tokens: left, right and middle padding alike, at static shapes."""
-    real = mask.flatten()
-    order = torch.argsort((~real).to(torch.uint8), stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    ends = mask.sum(1).cumsum(0)
-    total = torch.full_like(ends[:1], real.numel())
-    return Packing(order, place, torch.cat([torch.zeros_like(total), ends, total]).to(torch.int32))
 
 
 class Block(nn.Module):
@@ -247,7 +217,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"mask must be {[B, T]} as the tokens are, got {list(mask.shape)}")
             packing = pack(mask.bool())
             tokens, cu_seqlens = tokens.flatten(0, 1)[packing.order][None], packing.cu_seqlens
-            state = _with_pads(state)
+            state = with_pads(state)
             if prefix_lengths is not None:
                 prefix_lengths = torch.cat([prefix_lengths, prefix_lengths.new_zeros(1)])
         segment = Segment(self._positions(tokens, state, cu_seqlens), cu_seqlens, prefix_lengths, scan)
@@ -258,7 +228,7 @@ class Decoder(nn.Module):
             if logits == "last":
                 last = self._some_logits(hidden, cu_seqlens, "last")[:-1]
             hidden, *between = [x[0, packing.place].unflatten(0, (B, T)) for x in (hidden, *between)]
-            after, cu_seqlens = _without_pads(after), None
+            after, cu_seqlens = without_pads(after), None
         found = self._some_logits(hidden, cu_seqlens, logits) if last is None else last
         return Output(hidden, found, after, (*between, hidden) if return_hidden_states else None)
 
@@ -299,14 +269,14 @@ class Decoder(nn.Module):
         return x.double() if self.embedding.weight.dtype == torch.float64 else x.float()
 
     def _run(
-        self, tokens: Tensor, state: ModelState | None, segment: Segment, return_state: bool, keep: bool
+        self, tokens: Tensor, state: ModelState | None, segment: Segment, return_state: bool, return_hidden_states: bool
     ) -> tuple[Tensor, tuple[Any, ...], list[Tensor]]:
-        """The last norm's output, a State a layer, and if ``keep`` the residual stream before each block, else []."""
+        """The last norm's output, a State a layer, and if asked for the residual stream before each block, else []."""
         dtype = self.embedding.weight.dtype
         x = self._embed(tokens)
         layers, between = [], []
         for i, block in enumerate(self.blocks):
-            if keep:
+            if return_hidden_states:
                 between.append(x)
             before = None if state is None else state.layers[i]
             if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -371,7 +341,12 @@ class Decoder(nn.Module):
         """Decode one token a row: tokens int64 [B], slots int32 [B] (-1: an idle row) -> logits [B, vocab_size].
 
         The pool's states are rewritten in place.
+
+        Raises:
+            ValueError: embeddings, or tokens of another shape.
         """
+        if tokens.ndim != 1 or tokens.is_floating_point():
+            raise ValueError(f"tokens must be int64 of shape [B], got {tokens.dtype} {list(tokens.shape)}")
         rows = pool_rows(pool.tokens, slots)
         positions = pool.tokens.index_select(0, rows)
         dtype = self.embedding.weight.dtype
@@ -380,23 +355,3 @@ class Decoder(nn.Module):
             x = block.step_(x, room, slots, positions, dtype)
         pool.tokens.index_copy_(0, rows, positions + 1)
         return self.logits(self.norm(x))
-
-
-def model_state_bytes(state: ModelState) -> int:
-    """Bytes that a model's state holds, all layers, all rows."""
-    return state_bytes((state.tokens,)) + sum(state_bytes(layer) for layer in state.layers)
-
-
-def map_model_state(function: Any, *states: ModelState) -> ModelState:
-    """``function`` of every tensor of the states, leaf by leaf."""
-    layers = zip(*(s.layers for s in states), strict=True)
-    return ModelState(function(*(s.tokens for s in states)), tuple(map_state(function, *leaf) for leaf in layers))
-
-
-def _with_pads(state: ModelState | None) -> ModelState | None:
-    """One row more, for the document of pads: any State does, since nothing of that document is kept."""
-    return None if state is None else map_model_state(lambda leaf: torch.cat([leaf, leaf[:1]]), state)
-
-
-def _without_pads(state: ModelState | None) -> ModelState | None:
-    return None if state is None else map_model_state(lambda leaf: leaf[:-1], state)

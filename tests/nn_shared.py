@@ -1,4 +1,4 @@
-"""What the tests of the plain modules share: random tensors, in float64 unless asked otherwise."""
+"""What the tests of the plain modules share: random tensors (float64 unless asked otherwise), a tolerance, counts."""
 
 import torch
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from linattn.mixers.taylor import cuda
 from linattn.mixers.taylor import triton as kernels
 
-EMULATOR, FIBERS = (Path(__file__).with_name(f"emulator.{x}").read_text() for x in ("h", "cpp"))
+EMULATOR, FIBERS = ((Path(__file__).parent / "cuda" / f"emulator.{x}").read_text() for x in ("h", "cpp"))
 ENTRY = """
 static const Arguments* given;
 extern "C" const char* run(int grid_x, int grid_y, const Arguments* arguments) {
