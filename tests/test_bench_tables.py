@@ -4,6 +4,7 @@ pytest tests/test_bench_tables.py
 """
 
 import io
+import itertools
 import math
 import warnings
 from dataclasses import replace
@@ -20,7 +21,7 @@ from linattn.bench.cases import MIXERS, draw_inputs, length_of, parse_case
 from linattn.bench.costs import attention_flops, costs
 from linattn.bench.floor import floor_ms
 from linattn.bench.ops import bench_table, new_record
-from linattn.bench.peers import PEERS, RIVALS, Peer, Ready, flex_call, peers_of
+from linattn.bench.peers import PEERS, RIVALS, Peer, Ready, flash_call, flash_window, flex_call, peers_of
 from linattn.bench.record import machine, read_records
 from linattn.bench.setting import HOST, Setting, in_words
 from linattn.bench.table5 import PROMPT, RNN, base_case, bench_table5
@@ -329,6 +330,29 @@ def test_torch_convolution_is_the_op(case):
     want, _ = MIXERS["shortconv"].reference(inputs)
     torch.testing.assert_close(ready.run(), want)
     assert len(torch.autograd.grad(ready.run().sum(), ready.leaves)) == len(ready.leaves)
+
+
+def test_flash_attention_has_the_ops_window():
+    """By a function that takes windows and documents as FlashAttention does: so many keys before, so many behind."""
+
+    def attend(q, k, v, cu_q, cu_k, most_q, most_k, *, window_size):
+        assert cu_q.tolist() == cu_k.tolist() == [0, 96, 192] and (most_q, most_k) == (96, 96)
+        ys = []
+        for begin, end in itertools.pairwise(cu_q.tolist()):
+            behind = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+            seen = (behind <= window_size[0]) & (behind >= -window_size[1])
+            heads = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+            ys.append(torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(0, 1))
+        return torch.cat(ys)
+
+    case = parse_case("window", "b2-h2-t96-d8-w9")
+    inputs = draw_inputs("window", case, torch.float32, "cpu")
+    ready = flash_call(inputs, True, attend)
+    want, _ = MIXERS["window"].forward(inputs)
+    torch.testing.assert_close(ready.run(), want)
+    assert [x.grad_fn is None and x.requires_grad for x in ready.leaves] == [True] * 3
+    assert flash_call({**inputs, "k": inputs["k"][:, :, :1]}, False, attend).startswith("needs as many heads")
+    assert flash_window("window", inputs, False) == "runs on CUDA only"
 
 
 @pytest.mark.parametrize("case", ["b2-h2-t70-d16-w9", "b1-h4-t50-d16-w1-kv2"])

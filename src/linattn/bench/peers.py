@@ -6,6 +6,7 @@ one function and one line in `PEERS`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
@@ -177,6 +178,32 @@ def flex_call(inputs: dict[str, Any], grad: bool, compiled: Callable[[Any], Any]
     return Ready(run, leaves)
 
 
+def flash_window(op: str, inputs: dict[str, Any], grad: bool) -> Ready | str:
+    """FlashAttention-2's own sliding window, as torch has it: rows are packed documents of one length."""
+    varlen = _import("torch.nn.attention.varlen", inputs)
+    if isinstance(varlen, str):
+        return varlen
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        return f"torch {torch.__version__} gives varlen_attn no window_size"
+    return flash_call(inputs, grad, varlen.varlen_attn)
+
+
+def flash_call(inputs: dict[str, Any], grad: bool, attend: Callable[..., Any]) -> Ready | str:
+    """`flash_window` by any function with varlen_attn's arguments."""
+    q, k, v = leaves = tuple(leaf(inputs[n], grad) for n in "qkv")
+    if len({x.shape[2] for x in leaves}) != 1 or inputs.get("scale") is not None:
+        return "needs as many heads of q, k and v, and their own scale"
+    B, T = q.shape[:2]
+    ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    # FlashAttention counts the keys before a token, not its own.
+    window = (inputs["window"] - 1, 0)
+
+    def run() -> Tensor:
+        return attend(*(x.flatten(0, 1) for x in (q, k, v)), ends, ends, T, T, window_size=window).unflatten(0, (B, T))
+
+    return Ready(run, leaves)
+
+
 def torch_conv(compiled: bool) -> Build:
     """torch's depthwise conv1d with left padding, then the activation and the gate; eager, or compiled as one."""
 
@@ -241,6 +268,7 @@ PEERS = (
     Peer("fla-fused_chunk_based", ("taylor",), True, fla_based("fused_chunk_based"), _of("flash-linear-attention")),
     Peer("lightning_attn", ("lightning",), True, lightning_attn, _of("lightning_attn")),
     Peer("flex_attention", ("window",), True, flex_window, _torch),
+    Peer("FA2-window", ("window",), True, flash_window, _torch),
     Peer("conv1d", ("shortconv",), True, torch_conv(False), _torch),
     Peer("conv1d-compiled", ("shortconv",), True, torch_conv(True), _torch),
 )
