@@ -168,7 +168,9 @@ def bench_table(
             found, _ = _measure_case(setting, case, pass_, -(-repeats // laps), budget_s / laps)
             measured.setdefault(n, []).append(found)
             alive = answers(device)
-            for done in [n] * (len(measured[n]) == laps) if alive else list(measured):
+            if alive and len(measured[n]) < laps:
+                continue
+            for done in [n] if alive else list(measured):
                 records += report(*group[done], measured.pop(done))
             if not alive:
                 console.print("the GPU no longer answers after this case; the table ends here", style="bold red")
