@@ -21,8 +21,7 @@ SHORTEST_SEGMENT = 1024
 class Segments:
     """How documents are cut: ``count`` segments in all, of ``tokens`` each, ``per_row`` a row.
 
-    Where there is more than one a document, `fine` cuts each again in parts, to find what they add. part: of a fine
-    cut, how many make one segment: nobody reads what a document's last (in reverse: first) add; 0: all are read.
+    Where there is more than one a document, `fine` cuts each again in `parts`, to find what they add.
     document, start, first: int32, for packed rows: each segment's document and first token there, and each document's
     first segment.
     """
@@ -31,10 +30,15 @@ class Segments:
     tokens: int
     per_row: int
     fine: Segments | None = None
-    part: int = 0
     document: Tensor | None = None
     start: Tensor | None = None
     first: Tensor | None = None
+
+    @property
+    def parts(self) -> int:
+        """How many of its fine cut's segments make one."""
+        assert self.fine is not None
+        return self.tokens // self.fine.tokens
 
 
 @functools.cache
@@ -81,7 +85,7 @@ def cut_segments(
     size = -(-tokens // (n * unit)) * unit
     if size >= tokens:
         return Segments(cu_seqlens.numel() - 1, tokens, 1)
-    return _packed_segments(cu_seqlens, tokens, size, _packed_segments(cu_seqlens, tokens, size // parts, part=parts))
+    return _packed_segments(cu_seqlens, tokens, size, _packed_segments(cu_seqlens, tokens, size // parts))
 
 
 @functools.lru_cache(4096)
@@ -91,12 +95,10 @@ def _row_segments(rows: int, tokens: int, n: int, unit: int, parts: int) -> Segm
     if n == 1:
         return Segments(rows, tokens, 1)
     pieces = -(-tokens // (size // parts))
-    return Segments(rows * n, size, n, Segments(rows * pieces, size // parts, pieces, part=parts))
+    return Segments(rows * n, size, n, Segments(rows * pieces, size // parts, pieces))
 
 
-def _packed_segments(
-    cu_seqlens: Tensor, tokens: int, size: int, fine: Segments | None = None, part: int = 0
-) -> Segments:
+def _packed_segments(cu_seqlens: Tensor, tokens: int, size: int, fine: Segments | None = None) -> Segments:
     """T // size + N segments whatever the documents' lengths; those that no document needs start behind its end."""
     offsets = cu_seqlens.long()
     documents = offsets.numel() - 1
@@ -109,4 +111,4 @@ def _packed_segments(
     document = document.clamp(max=documents - 1)
     start = torch.where(used, (index - first[document]) * size, -(-tokens // size) * size)
     parts = (x.to(torch.int32) for x in (document, start, first))
-    return Segments(tokens // size + documents, size, 0, fine, part, *parts)
+    return Segments(tokens // size + documents, size, 0, fine, *parts)

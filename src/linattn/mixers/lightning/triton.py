@@ -174,13 +174,15 @@ def _sweep_launcher(
     heads: int,
     tile: Tile,
     reverse: bool = False,
-    summary: bool = False,
+    part: int = 0,
 ) -> Launch:
-    """heads: of the sweep. reverse: from the last token on. summary: what each segment adds to the state is put out."""
+    """heads: of the sweep. reverse: from the last token on.
+
+    part: what each segment adds to the state is put out, this many of them being read as one; 0: the state itself.
+    """
     output, initial, final, packed, pair = given
-    assert cut.part or not summary, "of a cut whose segments are all read, `_first_heard` cannot say what is heard"
     K, V, tokens = tensors[1].shape[-1], tensors[2].shape[-1], tensors[1].shape[1]
-    numbers = [scale, tokens, cut.tokens, cut.per_row, cut.part]
+    numbers = [scale, tokens, cut.tokens, cut.per_row, part]
     for x in tensors[:8]:
         numbers += x.stride()[:3]
     for x, present in zip(tensors[9:11], (initial, final), strict=True):
@@ -200,7 +202,7 @@ def _sweep_launcher(
         cut.per_row != 1,
         output,
         initial,
-        0 if not final else 2 if summary else 1,
+        0 if not final else 2 if part else 1,
         *groups[4:7],
         pair,
         tile.stages,
@@ -228,7 +230,7 @@ def states_before(
     K, V = b.shape[-1], c.shape[-1]
     added = b.new_empty(fine.count, heads, K, V, dtype=torch.float32)
     before = b.new_empty(cut.count, heads, K, V, dtype=torch.float32)
-    settings: dict[str, Any] = {"heads": heads, "tile": plan.key, "reverse": reverse, "summary": True}
+    settings: dict[str, Any] = {"heads": heads, "tile": plan.key, "reverse": reverse, "part": cut.parts}
     sweep(plan, f"add{reverse}", fine, None, b, c, None, log_decay, cu_seqlens, None, added, **settings)
     optional = (initial, log_decay, cu_seqlens, fine.first, cut.first)
     tensors = [added, before, *(log_decay if x is None else x for x in optional)]
@@ -254,7 +256,7 @@ def _scan_launcher(
     assert fine is not None
     _, heads, K, V = tensors[0].shape
     strides = (0, 0, 0, 0) if initial is None else initial.stride()
-    numbers = (tokens, fine.tokens, fine.per_row, cut.per_row, fine.part, heads, K * V, *strides)
+    numbers = (tokens, fine.tokens, fine.per_row, cut.per_row, cut.parts, heads, K * V, *strides)
     groups = (heads // tensors[3].shape[0], 1 if initial is None else heads // initial.shape[1])
     constants = (V, *groups, reverse, packed, initial is not None, block, ahead)
     return launcher(_scan_segments, (-(-K * V // block), heads, documents), numbers, constants, 4)

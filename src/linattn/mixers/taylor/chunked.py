@@ -32,6 +32,12 @@ class TaylorState(NamedTuple):
     z: Tensor
 
 
+def empty_state(like: Tensor, rows: int, heads: int, P: int, V: int) -> TaylorState:
+    """S [rows, heads, P, V] and z [rows, heads, P] in fp32 on ``like``'s device, whatever memory holds there."""
+    sizes = rows, heads, P
+    return TaylorState(like.new_empty(*sizes, V, dtype=torch.float32), like.new_empty(sizes, dtype=torch.float32))
+
+
 def n_features(feature_dim: int) -> int:
     """P, the length of phi(x) for x of ``feature_dim``: 153 for 16."""
     return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2

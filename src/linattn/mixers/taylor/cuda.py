@@ -123,6 +123,8 @@ class Pass:
     """What a pass is prepared for but for its operands' layouts. heads: of the pass; state_heads: of its states.
 
     reverse: from the last token on. summary: what each segment adds to the state is put out, not where documents end.
+    part: so many of those are read as one, so that nobody reads what a document's last (in reverse: first) add; 0: all
+    are read.
     """
 
     heads: int
@@ -131,6 +133,7 @@ class Pass:
     normalize: bool
     reverse: bool = False
     summary: bool = False
+    part: int = 0
 
 
 ROWS = {"value_sweep": ("x", "y", "r", "out_y"), "key_sweep": ("x", "y", "r", "w", "out_r")}
@@ -175,7 +178,7 @@ def _prepared(
     for S, z in ((operands.S_in, operands.z_in), (operands.S_out, operands.z_out)):
         strides += _strides(S, 3) + _strides(z, 2)
     groups = [1 if t is None else how.heads // t.shape[2] for t in rows[:-1]]
-    sizes = (x.shape[1], cut.tokens, cut.per_row, cut.part, *groups, how.heads // how.state_heads)
+    sizes = (x.shape[1], cut.tokens, cut.per_row, how.part, *groups, how.heads // how.state_heads)
     rest = struct.pack(f"@{len(strides)}q{len(sizes)}if0q", *strides, *sizes, how.scale)
     places = [Operands._fields.index(name) for name in (*ROWS[kernel], *Operands._fields[6:])]
     pick, pack = operator.itemgetter(*places), struct.Struct(f"@{len(places)}P").pack

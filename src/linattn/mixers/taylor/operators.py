@@ -18,7 +18,7 @@ from linattn.core.dispatch import Call, plain
 from linattn.core.shapes import document_count
 from linattn.core.tiles import layout_refusals, machine_refusals, wants_grad
 from linattn.mixers.taylor import cuda
-from linattn.mixers.taylor.chunked import TaylorState, n_features
+from linattn.mixers.taylor.chunked import TaylorState, empty_state, n_features
 
 MOST_ROWS = 60_000
 """Of documents or batch rows: a grid's second and third axis end at 65,535."""
@@ -81,8 +81,8 @@ def _kernels() -> Any:
 
 def _states(k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """S [rows, H, P, V] and z [rows, H, P], empty."""
-    sizes = rows, max(k.shape[2], v.shape[2]), n_features(k.shape[3])
-    return k.new_empty(*sizes, v.shape[3], dtype=torch.float32), k.new_empty(*sizes, dtype=torch.float32)
+    S, z = empty_state(k, rows, max(k.shape[2], v.shape[2]), n_features(k.shape[3]), v.shape[3])
+    return S, z
 
 
 @torch.library.custom_op("linattn::taylor_forward", mutates_args=())

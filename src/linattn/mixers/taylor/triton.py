@@ -20,7 +20,7 @@ from linattn.core.segments import Segments, cut_segments
 from linattn.core.shapes import document_count
 from linattn.core.tiles import Launch, aligned, block_of, gathered, gradient_of, launcher
 from linattn.mixers.taylor import cuda
-from linattn.mixers.taylor.chunked import TaylorState, n_features
+from linattn.mixers.taylor.chunked import TaylorState, empty_state, n_features
 from linattn.mixers.taylor.cuda import Operands, Pass
 from linattn.mixers.taylor.triton_sweep import _delta, _scan_segments, _sweep
 
@@ -123,6 +123,7 @@ def sweep(
     state_in: TaylorState | None = None,
     state_out: TaylorState | None = None,
     summary: bool = False,
+    part: int = 0,
 ) -> None:
     """One pass by the plan's sweeps: source (x, y), reader (r, w), in `Operands`' and `Pass`'s terms.
 
@@ -133,7 +134,7 @@ def sweep(
     operands = Operands(x, y, r, w, out_y, out_r, share, delta, *leaves, cu_seqlens, cut.document, cut.start)
     run = plan.passes.get(name)
     if run is None:
-        how = Pass(heads, state_heads, plan.scale, plan.normalize, reverse, summary)
+        how = Pass(heads, state_heads, plan.scale, plan.normalize, reverse, summary, part)
         made = cuda.prepared(operands, how, cut) if plan.sweeps == "cuda" else _prepared(operands, how, cut, plan.tile)
         run = plan.passes[name] = made
     run(operands)
@@ -146,7 +147,7 @@ def _prepared(operands: Operands, how: Pass, cut: Segments, tile: Tile) -> Calla
     """What launches `_sweep` on operands of these layouts; where there is none, x stands and is not read."""
     x, heads = operands.x, how.heads
     F, V = x.shape[-1], operands.y.shape[-1]
-    numbers = [how.scale, x.shape[1], cut.tokens, cut.per_row, cut.part]
+    numbers = [how.scale, x.shape[1], cut.tokens, cut.per_row, how.part]
     given = [x if t is None else t for t in operands[:6]]
     for t in given:
         numbers += t.stride()[:3]
@@ -201,8 +202,9 @@ def states_before(
         return initial
     P, V = n_features(x.shape[-1]), y.shape[-1]
     added, out = empty_states(x, cut.fine.count, heads, P, V)
-    sizes: dict[str, Any] = {"heads": heads, "state_heads": heads, "reverse": reverse, "summary": True}
-    sweep(plan, f"add{reverse}", cut.fine, x, y, cu_seqlens=cu_seqlens, state_out=out, **sizes, **weights)
+    sizes: dict[str, Any] = {"heads": heads, "state_heads": heads, "cu_seqlens": cu_seqlens}
+    added_up: dict[str, Any] = {"summary": True, "part": cut.parts, "reverse": reverse, "state_out": out}
+    sweep(plan, f"add{reverse}", cut.fine, x, y, **added_up, **sizes, **weights)
     before, views = empty_states(x, cut.count, heads, P, V)
     name = f"scan{reverse}"
     run = plan.passes.get(name)
@@ -231,7 +233,7 @@ def _scan_launcher(
     strides = (0,) * 4 if initial is None else (*initial.S.stride()[:2], *initial.z.stride()[:2])
     numbers = (tokens, cut.tokens, cut.per_row, fine.per_row, heads, size, P * V, *strides)
     group = 1 if initial is None else heads // initial.S.shape[1]
-    constants = (fine.part, reverse, packed, initial is not None, group, block, ahead)
+    constants = (cut.parts, reverse, packed, initial is not None, group, block, ahead)
     return launcher(_scan_segments, (-(-size // block), heads, plan.documents), numbers, constants, 4)
 
 
@@ -258,11 +260,8 @@ def forward(
     documents = document_count(B, cu_seqlens)
     o = v.new_empty(B, T, heads, V)
     share = q.new_empty(B, heads, T, dtype=torch.float32) if normalize else None
-    S = z = final = None
-    if return_state:
-        S = q.new_empty(documents, n_state, P, V, dtype=torch.float32)
-        z = q.new_empty(documents, n_state, P, dtype=torch.float32)
-        final = TaylorState(S, z)
+    final = empty_state(q, documents, n_state, P, V) if return_state else None
+    S, z = final or _NO_STATE
     if T == 0:
         for x, x0 in zip(final or (), (S0, z0), strict=False):
             x.zero_() if x0 is None else x.copy_(x0)
@@ -293,7 +292,7 @@ def summarize(
     tile = cuda_tile(V, output=False) if sweeps == "cuda" else None
     plan = plan_of(layout_of(k, k, v, cu_seqlens), 1.0, False, sweeps, tile, segments)
     cut = plan.cut or Segments(documents, T, 1)
-    rows = cut if cut.fine is None else replace(cut.fine, part=0)
+    rows = cut.fine or cut
     buffer, out = empty_states(k, rows.count, heads, P, V)
     sizes: dict[str, Any] = {"heads": heads, "state_heads": heads}
     sweep(plan, "summary", rows, k, v, cu_seqlens=cu_seqlens, state_out=out, summary=True, **sizes)
@@ -344,10 +343,7 @@ def backward(
         dq.zero_()
     behind = states_before(plan, cut, q, do, seed, reverse=True, **common)
     # A State's gradient is summed over the heads that read it, so here every head has a state of its own.
-    first = None
-    if S0 is not None:
-        sizes = (documents, heads, P)
-        first = TaylorState(*(q.new_empty(x, dtype=torch.float32) for x in ((*sizes, V), sizes)))
+    first = None if S0 is None else empty_state(q, documents, heads, P, V)
     states: dict[str, Any] = {"state_in": behind, "state_out": first, "state_heads": heads}
     sweep(plan, "dk, dv", cut, q, do, k, v, out_y=dv, out_r=dk, reverse=True, **states, **common)
     dS0, dz0 = first or _NO_STATE
