@@ -379,7 +379,7 @@ def build(which, F, V):
     if which == "scan":
         constants = {"REVERSE": False, "PACKED": True, "INITIAL": True, "INITIAL_GROUP": 1, "PARTS": 2, "BLOCK": 1024}
         constants["AHEAD"] = 4
-        return Build(f"{folder}._scan_segments", 4, constants, types)
+        return Build("linattn.mixers.taylor.triton_scan._scan_segments", 4, constants, types)
     if which == "delta":
         return Build(f"{folder}._delta", 4, {"V": V, "BV": max(16, tiles.block_of(V)), "BLOCK": 64}, types)
     tile = kernels.tile_for(F, V)

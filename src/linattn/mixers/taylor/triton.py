@@ -22,7 +22,8 @@ from linattn.core.tiles import Launch, aligned, block_of, gathered, gradient_of,
 from linattn.mixers.taylor import cuda
 from linattn.mixers.taylor.chunked import TaylorState, empty_state, n_features
 from linattn.mixers.taylor.cuda import Operands, Pass
-from linattn.mixers.taylor.triton_sweep import _delta, _scan_segments, _sweep
+from linattn.mixers.taylor.triton_scan import _scan_segments
+from linattn.mixers.taylor.triton_sweep import _delta, _sweep
 
 AGAIN = 0.4
 """What finding the segments' states costs over the pass itself: two of its five kinds of product."""
