@@ -15,7 +15,7 @@ from linattn.bench.model_pages import prefill_panels, training_panels
 from linattn.bench.page_parts import heading, label, markdown, ms, ratio
 from linattn.bench.pages import chart_lines, newest_runs, pages_of, section_of, write_pages
 from linattn.bench.plot import spread
-from linattn.bench.record import Record, append_records
+from linattn.bench.record import Record, append_records, read_records
 from linattn.bench.setting import HOST, IN_GRAPH
 from linattn.bench.tables import TABLES
 
@@ -62,6 +62,7 @@ def test_every_chart_that_a_page_shows_is_there(request):
         ("sdpa-flash 2.11.0+cu130", "FA2"),
         ("sdpa-flash 2.11.0+cu130" + HOST, "FA2, host included"),
         ("FA2 (torch 2.11.0+cu130)", "FA2"),
+        ("FA2-window 2.11.0+cu130" + HOST, "FA2 with its window, host included"),
         ("cuDNN (torch 2.11.0+cu130)", "cuDNN"),
         ("lightning_attn 0.0.5", "lightning_attn"),
         ("flex_attention 2.11.0+cu130", "flex_attention"),
@@ -69,6 +70,14 @@ def test_every_chart_that_a_page_shows_is_there(request):
 )
 def test_labels_are_names_without_versions(impl, name):
     assert label(impl) == name
+
+
+def test_no_two_implementations_share_a_column(request):
+    """One would take the other's place in a table, unseen."""
+    for op in TABLES:
+        records = read_records(request.config.rootpath / "benchmarks" / "results" / "h200" / f"{op}.csv")
+        impls = {r.impl for r in newest_runs(records) if not math.isnan(r.p50_ms)}
+        assert len({label(impl) for impl in impls}) == len(impls), op
 
 
 def test_figures_and_ratios():

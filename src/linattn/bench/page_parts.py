@@ -11,6 +11,7 @@ from linattn.bench.setting import HOST
 
 PEER_LABELS = (
     ("sdpa-flash", "FA2"),
+    ("FA2-window", "FA2 with its window"),
     ("FA2", "FA2"),
     ("sdpa-cudnn", "cuDNN"),
     ("cuDNN", "cuDNN"),
