@@ -420,7 +420,7 @@ def step_(
     launch(
         _step,
         (-(-V // BV), n_state, q.shape[0]),
-        (q, k, v, o, log_decay, S, carried, slots),
+        (q, k, v, o, log_decay, S, carried, slots.contiguous()),
         (*numbers, n_state, S.shape[0]),
         (K, V, BK, BV, *groups, 1 << (groups[3] - 1).bit_length()),
         warps=warps,

@@ -198,7 +198,7 @@ def step_(
     y, grid, constants, warps = prepared(q, k, v, S, normalize, walk, False)
     numbers = (scale, *strides_of(q, k, v, S, z), S.shape[1], S.shape[0])
     if y.numel():
-        launch(_step, grid, (q, k, v, y, S, z, slots), numbers, (*constants, warps), warps=warps)
+        launch(_step, grid, (q, k, v, y, S, z, slots.contiguous()), numbers, (*constants, warps), warps=warps)
     return y
 
 

@@ -173,7 +173,7 @@ def step_deferred_(
     C = recent_k.shape[2]
     given = S if copy is None else copy
     numbers = [scale, *strides_of(q, k, v, S, z, recent_k, recent_v), count.stride(0), *given.stride()[:2]]
-    tensors = (q, k, v, y, S, z, recent_k, recent_v, count, given, slots)
+    tensors = (q, k, v, y, S, z, recent_k, recent_v, count, given, slots.contiguous())
     constants = (*constants, C, 1 << (C - 1).bit_length(), copy is not None)
     if y.numel():
         launch(_step_deferred, grid, tensors, (*numbers, S.shape[1], S.shape[0]), constants, warps=warps)

@@ -194,7 +194,7 @@ def step_(
     launch(
         _step,
         (key_heads, 1, rows),
-        (q, k, v, y, ring_k, ring_v, tokens, slots),
+        (q, k, v, y, ring_k, ring_v, tokens, slots.contiguous()),
         (
             scale,
             tokens.shape[0] - 1,
