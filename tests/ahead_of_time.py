@@ -4,12 +4,14 @@ import atexit
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import traceback
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
@@ -43,6 +45,17 @@ def usage(capability: int, builds: dict[str, Build]) -> dict[str, dict[str, int]
     found, error = json.loads(answer)
     assert error is None, error[-2000:]
     return found
+
+
+def cubin_usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers a thread and bytes that it spills, and a block's static shared memory, by triton's cuobjdump."""
+    import triton
+
+    (folder / "cubin").write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-res-usage", folder / "cubin"], capture_output=True, text=True, check=True)
+    words = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", done.stdout))
+    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "shared": int(words["SHARED"])}
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from linattn.mixers.taylor import cuda
+from linattn.mixers.taylor import cuda, cuda_step
 from linattn.mixers.taylor import triton as kernels
 
 EMULATOR, FIBERS = ((Path(__file__).parent / "cuda" / f"emulator.{x}").read_text() for x in ("h", "cpp"))
@@ -23,6 +23,10 @@ extern "C" const char* run(int grid_x, int grid_y, const Arguments* arguments) {
 extern "C" int threads() { return THREADS; }
 extern "C" int shared_bytes() { return int(__stop_dynamic_shared - __start_dynamic_shared); }
 """
+
+
+STATIC_SHARED = 48 * 1024
+"""Bytes that a block may have without asking for them at its launch."""
 
 
 class EmulationError(RuntimeError):
@@ -44,15 +48,15 @@ def made(folder, name, text, *options):
     return output
 
 
-def build(folder, kernel, defines, edit=None):
-    """The library whose ``run`` launches ``kernel``.
+def build(folder, kernel, sources, defines, edit=None):
+    """The library whose ``run`` launches ``kernel``, of these files.
 
-    edit: (file, old, new), one place in one of the kernel's files that reads otherwise.
+    edit: (file, old, new), one place in one of them that reads otherwise.
     """
     half = f"-DHALF_IS_BF16={defines['HALF_IS_BF16']}"
     fibers = made(folder, "emulator.o", FIBERS.replace('#include "emulator.h"\n', EMULATOR), "-c", "-O2", half)
     text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + EMULATOR
-    for path in cuda.sources_of(kernel):
+    for path in sources:
         source = path.read_text()
         if edit is not None and edit[0] == path.name:
             if source.count(edit[1]) != 1:
@@ -66,24 +70,39 @@ def build(folder, kernel, defines, edit=None):
     return library
 
 
+def run(library, kernel, grid, arguments):
+    wrong = library.run(*grid, ctypes.create_string_buffer(arguments))
+    if wrong:
+        raise EmulationError(f"{kernel}: {wrong.decode()}")
+
+
 def emulate(monkeypatch, folder, edit=None, capability=(9, 0)):
     """The CUDA sweeps run here as on a GPU of this capability; ``edit`` as in `build`."""
 
     def launcher(kernel, V, bf16, flags, grid, device):
-        library = build(folder, kernel, cuda.defines_of(kernel, V, bf16, flags, capability), edit)
+        defines = cuda.defines_of(kernel, V, bf16, flags, capability)
+        library = build(folder, kernel, cuda.sources_of(kernel), defines, edit)
         asked = (library.threads(), library.shared_bytes())
         output, wide = bool(dict(flags).get("OUTPUT", True)), cuda.is_wide(kernel, V, capability)
         launched = (cuda.threads_of(V, wide), cuda.shared_bytes(kernel, V, output, wide))
         if asked[0] != launched[0] or asked[1] > launched[1]:
             raise EmulationError(f"{kernel} needs {asked} threads and bytes of shared memory, got {launched}")
 
-        def launch(arguments):
-            wrong = library.run(*grid, ctypes.create_string_buffer(arguments))
-            if wrong:
-                raise EmulationError(f"{kernel}: {wrong.decode()}")
-
-        return launch
+        return lambda arguments: run(library, kernel, grid, arguments)
 
     monkeypatch.setattr(cuda, "_launcher", launcher)
     # Plans keep what was prepared before.
     monkeypatch.setattr(kernels, "plan_of", functools.cache(kernels.plan_of.__wrapped__))
+
+
+def emulate_step(monkeypatch, folder, edit=None):
+    """The CUDA step runs here as on a GPU; ``edit`` as in `build`."""
+
+    def launch(V, bf16, flags, grid, device, arguments):
+        library = build(folder, "decode", cuda_step.SOURCES, cuda_step.defines_of(V, bf16, flags), edit)
+        if library.threads() != cuda_step.threads_of(V) or library.shared_bytes() > STATIC_SHARED:
+            asked = library.threads(), library.shared_bytes()
+            raise EmulationError(f"decode needs {asked} threads and bytes of static shared memory")
+        run(library, "decode", grid, arguments)
+
+    monkeypatch.setattr(cuda_step, "_launch", launch)

@@ -7,8 +7,6 @@ What the launches share with Triton's is interpreted. Skipped where g++ or trito
 import os
 import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +16,7 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton itself is first imported
 pytest.importorskip("triton")
 
-import triton
-from ahead_of_time import SHARED
+from ahead_of_time import SHARED, cubin_usage
 from emulate import EMULATOR, EmulationError, emulate
 from taylor_truth import above, errors
 
@@ -40,19 +37,10 @@ PACKED = (0, 5, 5, 70, 70, 150, 150)
 VALUE_DIMS = range(32, 129, 16)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """Where libraries are kept: one folder for all of a run's workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.fixture
-def emulated(monkeypatch, built):
+def emulated(monkeypatch, emulated_kernels):
     """On Hopper, where there is something of its own: products that four warps make at once."""
-    emulate(monkeypatch, built)
+    emulate(monkeypatch, emulated_kernels)
 
 
 def overstepped(T, V, dtype=torch.bfloat16, heads=(1, 1, 1), **settings):
@@ -85,8 +73,8 @@ def test_every_value_dim(emulated, T, V, dtype):
 
 
 @needs_gxx
-def test_before_hopper(monkeypatch, built):
-    emulate(monkeypatch, built, capability=(8, 0))
+def test_before_hopper(monkeypatch, emulated_kernels):
+    emulate(monkeypatch, emulated_kernels, capability=(8, 0))
     assert overstepped(66, 64) == {}
 
 
@@ -207,9 +195,9 @@ PLANTED_WIDE = (
 
 @needs_gxx
 @pytest.mark.parametrize("file, old, new", [x[1:] for x in PLANTED], ids=[x[0] for x in PLANTED])
-def test_a_planted_bug_is_caught(monkeypatch, built, file, old, new):
+def test_a_planted_bug_is_caught(monkeypatch, emulated_kernels, file, old, new):
     """By twice its limit or more, or by the emulator; the features' in the forward alone."""
-    emulate(monkeypatch, built, (file, old, new))
+    emulate(monkeypatch, emulated_kernels, (file, old, new))
     try:
         over = overstepped(40, 32, backward=file != "features.cuh")
     except EmulationError as error:
@@ -219,8 +207,8 @@ def test_a_planted_bug_is_caught(monkeypatch, built, file, old, new):
 
 @needs_gxx
 @pytest.mark.parametrize("file, old, new", [x[1:] for x in PLANTED_WIDE], ids=[x[0] for x in PLANTED_WIDE])
-def test_a_bug_planted_for_hopper_is_caught(monkeypatch, built, file, old, new):
-    emulate(monkeypatch, built, (file, old, new))
+def test_a_bug_planted_for_hopper_is_caught(monkeypatch, emulated_kernels, file, old, new):
+    emulate(monkeypatch, emulated_kernels, (file, old, new))
     over = overstepped(70, 64, backward=file == "key_sweep.cu")
     assert max(over.values(), default=0) >= 2, over
 
@@ -233,9 +221,9 @@ MISALIGNED = (
 
 @needs_gxx
 @pytest.mark.parametrize("edit", MISALIGNED, ids=("a pair of outputs", "the pieces of a wide product"))
-def test_an_address_off_its_alignment_is_an_error(monkeypatch, built, edit):
+def test_an_address_off_its_alignment_is_an_error(monkeypatch, emulated_kernels, edit):
     """A CPU would read it, a GPU does not: the first by the compiler's check, the second by the emulator's own."""
-    emulate(monkeypatch, built, edit)
+    emulate(monkeypatch, emulated_kernels, edit)
     with pytest.raises(EmulationError, match="off its alignment"):
         overstepped(70, 64, backward=False)
 
@@ -282,15 +270,6 @@ do, a thread's 128 registers leave addresses out. The key sweep has all 255 regi
 float16 up to 40."""
 
 
-def usage_of(cubin, folder):
-    """Registers a thread and bytes that it spills, and a block's static shared memory, by triton's cuobjdump."""
-    (folder / "cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, "-res-usage", folder / "cubin"], capture_output=True, text=True, check=True)
-    words = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", done.stdout))
-    return {"registers": int(words["REG"]), "spilled": int(words["STACK"]), "shared": int(words["SHARED"])}
-
-
 @pytest.mark.parametrize("capability, largest", ((80, 96), (89, 64), (90, 128)))
 @pytest.mark.parametrize("kernel", cuda.ROWS)
 def test_value_dims_that_shared_memory_has_room_for(kernel, capability, largest):
@@ -306,7 +285,7 @@ def test_compiles_ahead_of_time(capability, V, bf16, sweep, tmp_path, record_pro
     """For GPUs that are not here. Bytes a thread."""
     kernel, flags = SWEEPS[sweep]
     defines = cuda.defines_of(kernel, V, bf16, tuple(flags.items()), divmod(capability, 10))
-    usage = usage_of(nvrtc.compile_kernel(cuda.sources_of(kernel), defines, divmod(capability, 10)), tmp_path)
+    usage = cubin_usage(nvrtc.compile_kernel(cuda.sources_of(kernel), defines, divmod(capability, 10)), tmp_path)
     wide = cuda.is_wide(kernel, V, divmod(capability, 10))
     usage["shared"] += cuda.shared_bytes(kernel, V, bool(flags.get("OUTPUT", True)), wide)
     for name, value in usage.items():

@@ -5,6 +5,7 @@ The interpreter has no bfloat16 arithmetic and cuts where it should round, so ke
 
 import dataclasses
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -60,7 +61,9 @@ def step_deferred_(q, k, v, pool, slots, normalize, backend=None):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(taylor, "BACKENDS", (Backend("triton", anything, chunked.forward, operators.step_),))
+    monkeypatch.setattr(
+        taylor, "BACKENDS", (Backend("triton", anything, chunked.forward, partial(operators.step_by, "triton")),)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -101,12 +101,16 @@ void copy_later(void* to, const void* from, int bytes, bool live) {
     fibers[thread].copies.back().push_back({to, live ? from : nullptr, bytes});
     memset(to, 0xff, bytes);
 }
+float of_bfloat16(u16 bits) { return __uint_as_float((u32)bits << 16); }
+u16 to_bfloat16(float x) {
+    if (std::isnan(x)) return 0x7fc0;
+    u32 word = __float_as_uint(x);
+    word += 0x7fff + (word >> 16 & 1);
+    return (u16)(word >> 16);
+}
 float of_half(u16 bits) {
 #if HALF_IS_BF16
-    u32 word = (u32)bits << 16;
-    float x;
-    memcpy(&x, &word, 4);
-    return x;
+    return of_bfloat16(bits);
 #else
     _Float16 x;
     memcpy(&x, &bits, 2);
@@ -115,11 +119,7 @@ float of_half(u16 bits) {
 }
 u16 to_half(float x) {
 #if HALF_IS_BF16
-    u32 word;
-    memcpy(&word, &x, 4);
-    if (std::isnan(x)) return 0x7fc0;
-    word += 0x7fff + (word >> 16 & 1);
-    return (u16)(word >> 16);
+    return to_bfloat16(x);
 #else
     _Float16 y = (_Float16)x;
     u16 bits;
@@ -152,6 +152,8 @@ extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { demand(false, "a
 
 float clear_of(u32 pair, int which) { return of_half((u16)(which ? pair >> 16 : pair & 0xffff)); }
 u32 pack(float first, float second) { return (u32)to_half(first) | (u32)to_half(second) << 16; }
+float bfloat16_of(u32 pair, int which) { return of_bfloat16((u16)(which ? pair >> 16 : pair & 0xffff)); }
+u32 bfloat16_pair(float first, float second) { return (u32)to_bfloat16(first) | (u32)to_bfloat16(second) << 16; }
 u32 multiply(u32 a, u32 b) { return pack(clear_of(a, 0) * clear_of(b, 0), clear_of(a, 1) * clear_of(b, 1)); }
 
 void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -24,10 +24,17 @@ inline T min(T a, T b) {
 struct alignas(16) Quad {
     u32 x, y, z, w;
 };
+struct alignas(16) Four {
+    float x, y, z, w;
+};
+struct alignas(8) Eight {
+    u32 x, y;
+};
 struct alignas(8) Two {
     float first, second;
 };
 #define DYNAMIC_SHARED(Type, name) alignas(16) __attribute__((section("dynamic_shared"))) static Type name
+#define STATIC_SHARED DYNAMIC_SHARED
 #define EXTERN extern "C"
 #define __launch_bounds__(...)
 
@@ -39,6 +46,13 @@ extern char __stop_dynamic_shared[] __attribute__((weak, visibility("hidden")));
 
 float clear_of(u32 pair, int which);
 u32 pack(float first, float second);
+inline float number_of(u16 x) { return clear_of(x, 0); }
+inline u16 half_of(float x) { return (u16)pack(x, 0.f); }
+inline void as_loaded(u16&) {}
+float bfloat16_of(u32 pair, int which);
+u32 bfloat16_pair(float first, float second);
+inline float __uint_as_float(u32 x) { return __builtin_bit_cast(float, x); }
+inline u32 __float_as_uint(float x) { return __builtin_bit_cast(u32, x); }
 u32 multiply(u32 a, u32 b);
 inline u32 straddle(u32 a, u32 b) { return a >> 16 | b << 16; }
 

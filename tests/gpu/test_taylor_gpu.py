@@ -36,12 +36,10 @@ GROUPED = (
 )
 UNDIVIDED = TaylorCase(2, 130, 2, 16, 64, "sums", normalize=False)
 OTHER_DIMS = tuple(TaylorCase(2, 130, 2, F, 64, "not Based's feature dim") for F in (8, 24, 32))
-SWEPT = [law for law in LAWS if law != "decode_is_the_fold"]
-"""CUDA has no step of its own."""
-FEW_LAWS = ("parity_from_state", "packed_is_alone")
+FEW_LAWS = ("parity_from_state", "packed_is_alone", "decode_is_the_fold")
 """Where each law compiles its own kernels, for what differs from the case that runs all of them."""
 
-CASES = [("cuda", case, dtype, law) for case in (SMALL_64, SMALL_112) for dtype in HALVES for law in SWEPT]
+CASES = [("cuda", case, dtype, law) for case in (SMALL_64, SMALL_112) for dtype in HALVES for law in LAWS]
 CASES += [("cuda", case, torch.bfloat16, law) for case in (*GROUPED, UNDIVIDED) for law in FEW_LAWS]
 CASES += [("triton", SMALL_64, torch.bfloat16, law) for law in LAWS]
 CASES += [("triton", SMALL_112, dtype, "parity_from_state") for dtype in HALVES]

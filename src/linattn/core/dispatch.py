@@ -7,7 +7,7 @@ there is no environment variable, no choice at import, and no exception is read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,3 +133,17 @@ def plain(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
         return False
     return all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
+
+
+def in_place(
+    operator: Callable[..., Tensor], body: Callable[..., Tensor], written: Iterable[Tensor | None], *arguments: Any
+) -> Tensor:
+    """What a mutating ``operator`` with this body returns; past torch's dispatcher where nothing else wants to see it.
+
+    written: the tensors that the body writes to, whose versions then say so, as the operator's would.
+    """
+    if not plain(*[x for x in arguments if isinstance(x, Tensor)]):
+        return operator(*arguments)
+    y = body(*arguments)
+    torch.autograd.graph.increment_version([x for x in written if x is not None and not x.is_inference()])
+    return y

@@ -146,6 +146,11 @@ def launch_kernel(kernel: Kernel, grid: tuple[int, int], device: torch.device, a
     _check(code, "cuLaunchKernel")
 
 
+_CAPTURED = 900
+"""CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"""
+
+
 def _check(code: int, call: str) -> None:
     if code:
-        raise CompileError(f"{call} failed with the driver's error {code}")
+        hint = ": a kernel is loaded by its first call; run it once before capturing a CUDA graph"
+        raise CompileError(f"{call} failed with the driver's error {code}{hint if code == _CAPTURED else ''}")

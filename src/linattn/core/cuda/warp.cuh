@@ -11,6 +11,12 @@ typedef long long i64;
 struct __align__(16) Quad {
     u32 x, y, z, w;
 };
+struct __align__(16) Four {
+    float x, y, z, w;
+};
+struct __align__(8) Eight {
+    u32 x, y;
+};
 struct __align__(8) Two {
     float first, second;
 };
@@ -32,6 +38,21 @@ DEVICE u32 pack(float first, float second) {
 #else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
 #endif
+    return pair;
+}
+
+// One 16-bit number.
+DEVICE float number_of(u16 x) { return clear_of(x, 0); }
+DEVICE u16 half_of(float x) { return (u16)pack(x, 0.f); }
+
+// Nothing is made of x before this: else the compiler converts a number where it is asked for, and waits for it there.
+DEVICE void as_loaded(u16& x) { asm volatile("" : "+h"(x)); }
+
+// bfloat16, whatever HALF_IS_BF16 says.
+DEVICE float bfloat16_of(u32 pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
+DEVICE u32 bfloat16_pair(float first, float second) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
     return pair;
 }
 
@@ -220,4 +241,5 @@ DEVICE int block_index(int axis) { return axis ? blockIdx.y : blockIdx.x; }
 #define DYNAMIC_SHARED(Type, name)                  \
     extern __shared__ __align__(16) char memory[]; \
     Type& name = *(Type*)memory
+#define STATIC_SHARED(Type, name) __shared__ Type name
 #define EXTERN extern "C" __global__

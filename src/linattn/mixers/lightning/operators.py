@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linattn.core.dispatch import Call, plain
+from linattn.core.dispatch import Call, in_place, plain
 from linattn.core.shapes import document_count
 from linattn.core.tiles import layout_refusals, machine_refusals, wants_grad
 from linattn.mixers.lightning.chunked import LightningState
@@ -147,12 +147,14 @@ class _Eager(torch.autograd.Function):
         return dq, dk, dv, d_decay, None, d_initial, None, None
 
 
-@torch.library.custom_op("linattn::lightning_step", mutates_args=("S", "carried"))
-def lightning_step(
+def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, S: Tensor, carried: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """One token a row: o [B, Ho, V]; S [slots, H, K, V] and carried [slots, H] are rewritten in place."""
     return _kernels().step_(q, k, v, log_decay, S, carried, slots, scale)
+
+
+lightning_step = torch.library.custom_op("linattn::lightning_step", mutates_args=("S", "carried"))(_step)
 
 
 @lightning_step.register_fake
@@ -189,4 +191,4 @@ def step_(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pool: LightningState, slots: Tensor, *, scale: float
 ) -> Tensor:
     """`lightning_step_` on checked arguments."""
-    return lightning_step(q, k, v, log_decay, pool.S, pool.log_decay, slots, scale)
+    return in_place(lightning_step, _step, pool, q, k, v, log_decay, pool.S, pool.log_decay, slots, scale)

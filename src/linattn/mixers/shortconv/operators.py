@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Call
+from linattn.core.dispatch import Call, in_place
 from linattn.core.shapes import document_count
 from linattn.core.tails import append_count, last_count
 from linattn.core.tiles import machine_refusals
@@ -103,8 +103,7 @@ def _backward(ctx, dy, d_final):
 shortconv_forward.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("linattn::shortconv_step", mutates_args=("pool", "count"))
-def shortconv_step(
+def _step(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -118,6 +117,9 @@ def shortconv_step(
     from linattn.mixers.shortconv import triton
 
     return triton.step_(x, weight, bias, gate, pool, count, slots, silu)
+
+
+shortconv_step = torch.library.custom_op("linattn::shortconv_step", mutates_args=("pool", "count"))(_step)
 
 
 @shortconv_step.register_fake
@@ -157,4 +159,4 @@ def step_(
     activation: str | None,
 ) -> Tensor:
     """`short_conv_step_` on checked arguments."""
-    return shortconv_step(x, weight, bias, gate, pool.x, pool.count, slots, activation == "silu")
+    return in_place(shortconv_step, _step, pool, x, weight, bias, gate, *pool, slots, activation == "silu")

@@ -6,6 +6,7 @@ The mixer of arXiv 2402.18668; README.md in this folder has the recurrence and i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ __all__ = [
 ]
 
 BACKENDS = (
-    Backend("cuda", operators.refuses_cuda, operators.forward_cuda, None),
-    Backend("triton", operators.refuses, operators.forward, operators.step_),
+    Backend("cuda", operators.refuses_cuda, operators.forward_cuda, partial(operators.step_by, "cuda")),
+    Backend("triton", operators.refuses, operators.forward, partial(operators.step_by, "triton")),
     Backend("torch", anything, chunked.forward, chunked.step_),
 )
 
@@ -165,8 +166,7 @@ def taylor_step_(
 
     check_step("taylor_step_", {"q": q, "k": k, "v": v}, slots, pool, TaylorState, room)
     check_scale("taylor_step_", scale)
-    call = describe("taylor_step_", {"q": q, "k": k, "v": v}, normalize=normalize)
-    step = choose(BACKENDS, call, backend).step_
+    step = choose(BACKENDS, operators.describe_step("taylor_step_", q, k, v, pool), backend).step_
     assert step is not None
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale, normalize=normalize)
 

@@ -1,12 +1,13 @@
 """Backends "cuda" and "triton" as torch sees them: operators with schemas, fakes and a gradient, and what they refuse.
 
-Needs no triton: an operator's body imports its kernels on its first run, never in traced code. The two share launches,
-steps and everything but the sweeps (cuda.py, triton_sweep.py).
+Needs no triton: an operator's body imports its kernels on its first run, never in traced code. The two share launches
+and everything but the sweeps (cuda.py, triton_sweep.py) and the steps (cuda_step.py, triton_step.py).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linattn.core import nvrtc
-from linattn.core.dispatch import Call, plain
+from linattn.core.dispatch import Call, describe, in_place, plain
 from linattn.core.shapes import document_count
 from linattn.core.tiles import layout_refusals, machine_refusals, wants_grad
-from linattn.mixers.taylor import cuda
+from linattn.mixers.taylor import cuda, cuda_step
 from linattn.mixers.taylor.chunked import TaylorState, empty_state, n_features
 
 MOST_ROWS = 60_000
@@ -28,23 +29,75 @@ LARGEST_STEP_DIM = 64
 LARGEST_SWEPT = {8: 128, 16: 128, 24: 128, 32: 64}
 """Value dim by feature dim: the gradients at 32 x 128 would want 232 KiB of shared memory, 5 too many."""
 CUDA_FEATURE_DIM = 16
-CUDA_VALUE_DIMS = range(32, 129, 16)
+MOST_READERS = 8
+"""Query heads of one State in a step of cuda_step.py, whose features are all in shared memory."""
+MOST_WAITING = 16
+"""Tokens that wait beside one there, for the same reason."""
+PIECES = {"S": 4, "copy": 4, "recent_k": 8, "recent_v": 8}
+"""Numbers that it moves at once."""
+
+
+def describe_step(op: str, q: Tensor, k: Tensor, v: Tensor, pool: Any) -> Call:
+    """The `Call` of a step over this pool, a `TaylorState` or a `DeferredPool`.
+
+    Its option "off" is how many bytes a leaf begins off a multiple of 16; a trace cannot say, and there it is 0.
+    """
+    leaves = {name: leaf for name, leaf in zip(pool._fields, pool, strict=True) if leaf is not None}
+    off = 0
+    if not torch.compiler.is_compiling():
+        off = max(leaf.storage_offset() * leaf.element_size() % 16 for name, leaf in leaves.items() if name in PIECES)
+    return describe(op, {"q": q, "k": k, "v": v, **leaves}, off=off)
 
 
 def refuses_cuda(call: Call) -> list[str]:
     """Why the CUDA sweeps cannot run this call; [] means they can."""
-    if "step" in call.op:
-        return ["has no step of its own: Triton's is the one"]
     F, V = call.shapes["k"][-1], call.shapes["v"][-1]
     wrong = nvrtc.refusals() + refuses(call)
     if F != CUDA_FEATURE_DIM:
         wrong.append(f"needs a feature dim of {CUDA_FEATURE_DIM}, got {F}")
-    if V not in CUDA_VALUE_DIMS:
+    if V % 16 or not 32 <= V <= 128:
         return [*wrong, f"needs a value dim that is a multiple of 16 from 32 to 128, got {V}"]
+    if "step" in call.op:
+        return wrong + _refuses_step_by_cuda(call)
     if call.capability is not None:
         needed, limit = cuda.block_bytes(V, call.capability), nvrtc.block_bytes(call.capability)
         if needed > limit:
             wrong.append(f"needs {needed:,} bytes of shared memory at value dim {V}, this GPU gives a block {limit:,}")
+    return wrong
+
+
+def _refuses_step_by_cuda(call: Call) -> list[str]:
+    """What decode.cu asks of a step that Triton does not: few heads and tokens, and whole pieces of its pool."""
+    wrong = []
+    if call.dtype == torch.float32:
+        wrong.append("needs bfloat16 or float16 inputs, got torch.float32")
+    n_state = call.shapes["S"][1]
+    readers = max(call.shapes["q"][1], n_state) // n_state
+    if readers > MOST_READERS:
+        wrong.append(f"needs at most {MOST_READERS} query heads a State, got {readers}")
+    if "recent_k" in call.shapes and call.shapes["recent_k"][2] > MOST_WAITING:
+        wrong.append(f"needs pools of at most {MOST_WAITING} waiting tokens, got {call.shapes['recent_k'][2]}")
+    for name, piece in PIECES.items():
+        if name in call.shapes:
+            outer = zip(call.shapes[name][:2], call.strides[name][:2], strict=True)
+            if any(stride % piece for size, stride in outer if size > 1):
+                wrong.append(f"needs heads of {name} {piece} numbers apart or a multiple, got {call.strides[name]}")
+    if call.options["off"]:
+        wrong.append(f"needs pools that begin at multiples of 16 bytes, this one is {call.options['off']} off")
+    return wrong
+
+
+def _refuses_pool(call: Call) -> list[str]:
+    """What every step of ours asks of its pool: what a head has lies in one piece."""
+    wrong = []
+    for name in ("S", "copy", "recent_k", "recent_v", "z", "count"):
+        if name not in call.shapes:
+            continue
+        # count's heads are one piece.
+        shape, strides = ((x[name][1:] if name == "count" else x[name][2:]) for x in (call.shapes, call.strides))
+        wanted = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+        if any(size > 1 and stride != want for size, stride, want in zip(shape, strides, wanted, strict=True)):
+            wrong.append(f"needs each head's {name} contiguous, its strides are {call.strides[name]}")
     return wrong
 
 
@@ -64,7 +117,7 @@ def refuses(call: Call) -> list[str]:
         if not 1 <= V <= LARGEST_VALUE_DIM:
             wrong.append(f"needs a value dim from 1 to {LARGEST_VALUE_DIM}, got {V}")
         inner = [n for n in ("q", "k", "v") if call.strides[n][-1] != 1]
-        return wrong + [f"needs {n} contiguous along its last axis" for n in inner]
+        return wrong + [f"needs {n} contiguous along its last axis" for n in inner] + _refuses_pool(call)
     if F not in LARGEST_SWEPT:
         wrong.append(f"needs a feature dim of 8, 16, 24 or 32, got {F}")
     elif V % 8 or not 8 <= V <= LARGEST_SWEPT[F]:
@@ -257,20 +310,18 @@ def forward_cuda(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tens
     return _forward(q, k, v, sweeps="cuda", **settings)
 
 
-@torch.library.custom_op("linattn::taylor_step", mutates_args=("S", "z"))
-def taylor_step(
-    q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, slots: Tensor, scale: float, normalize: bool
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, slots: Tensor, scale: float, normalize: bool, backend: str
 ) -> Tensor:
     """One token a row: y [B, Ho, V]; S [slots, H, P, V] and z [slots, H, P] are rewritten in place."""
+    if backend == "cuda":
+        return cuda_step.step_(q, k, v, (S, z), slots, scale, normalize)
     from linattn.mixers.taylor import triton_step
 
     return triton_step.step_(q, k, v, S, z, slots, scale, normalize)
 
 
-@torch.library.custom_op(
-    "linattn::taylor_step_deferred", mutates_args=("S", "z", "recent_k", "recent_v", "count", "copy")
-)
-def taylor_step_deferred(
+def _step_deferred(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -283,26 +334,38 @@ def taylor_step_deferred(
     slots: Tensor,
     scale: float,
     normalize: bool,
+    backend: str,
 ) -> Tensor:
     """One token a row over the leaves of a `DeferredPool`, which are rewritten in place: y [B, Ho, V]."""
+    pool = (S, z, recent_k, recent_v, count, copy)
+    if backend == "cuda":
+        return cuda_step.step_(q, k, v, pool, slots, scale, normalize)
     from linattn.mixers.taylor import triton_step_deferred
 
-    pool = (S, z, recent_k, recent_v, count, copy)
     return triton_step_deferred.step_deferred_(q, k, v, *pool, slots, scale, normalize)
 
 
+DEFERRED = ("S", "z", "recent_k", "recent_v", "count", "copy")
+taylor_step = torch.library.custom_op("linattn::taylor_step", mutates_args=("S", "z"))(_step)
+taylor_step_deferred = torch.library.custom_op("linattn::taylor_step_deferred", mutates_args=DEFERRED)(_step_deferred)
+
+
 @taylor_step.register_fake
-def _(q, k, v, S, z, slots, scale, normalize):
+def _(q, k, v, S, z, slots, scale, normalize, backend):
     return v.new_empty(q.shape[0], max(q.shape[1], S.shape[1]), v.shape[2])
 
 
 @taylor_step_deferred.register_fake
-def _(q, k, v, S, z, recent_k, recent_v, count, copy, slots, scale, normalize):
+def _(q, k, v, S, z, recent_k, recent_v, count, copy, slots, scale, normalize, backend):
     return v.new_empty(q.shape[0], max(q.shape[1], S.shape[1]), v.shape[2])
 
 
-def step_(
-    q: Tensor, k: Tensor, v: Tensor, pool: TaylorState, slots: Tensor, *, scale: float, normalize: bool
-) -> Tensor:
+def step_by(backend: str, q: Tensor, k: Tensor, v: Tensor, pool: TaylorState, slots: Tensor, **how: Any) -> Tensor:
     """`taylor_step_` on checked arguments."""
-    return taylor_step(q, k, v, pool.S, pool.z, slots, scale, normalize)
+    return in_place(taylor_step, _step, pool, q, k, v, *pool, slots, how["scale"], how["normalize"], backend)
+
+
+def step_deferred_by(backend: str, q: Tensor, k: Tensor, v: Tensor, pool: Any, slots: Tensor, **how: Any) -> Tensor:
+    """`taylor_step_deferred_` on checked arguments."""
+    settings = slots, how["scale"], how["normalize"], backend
+    return in_place(taylor_step_deferred, _step_deferred, pool, q, k, v, *pool, *settings)

@@ -9,12 +9,13 @@ is what `take_deferred` and `put_deferred_` speak; bytes of S a step and entry, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe
+from linattn.core.dispatch import Backend, anything, choose
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import pool_rows
 from linattn.core.shapes import check_scale, check_step, count_heads, match_heads
@@ -125,8 +126,7 @@ def taylor_step_deferred_(
 
     check_step(op, {"q": q, "k": k, "v": v}, slots, pool, DeferredPool, room)
     check_scale(op, scale)
-    call = describe(op, {"q": q, "k": k, "v": v}, normalize=normalize)
-    step = choose(BACKENDS, call, backend).forward
+    step = choose(BACKENDS, operators.describe_step(op, q, k, v, pool), backend).forward
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale, normalize=normalize)
 
 
@@ -167,13 +167,11 @@ def _by_torch(
     return y.flatten(1, 2).to(v.dtype)
 
 
-def _by_triton(
-    q: Tensor, k: Tensor, v: Tensor, pool: DeferredPool, slots: Tensor, *, scale: float, normalize: bool
-) -> Tensor:
-    return operators.taylor_step_deferred(q, k, v, *pool, slots, scale, normalize)
-
-
-BACKENDS = (Backend("triton", operators.refuses, _by_triton), Backend("torch", anything, _by_torch))
+BACKENDS = (
+    Backend("cuda", operators.refuses_cuda, partial(operators.step_deferred_by, "cuda")),
+    Backend("triton", operators.refuses, partial(operators.step_deferred_by, "triton")),
+    Backend("torch", anything, _by_torch),
+)
 
 
 def _before(count: Tensor, C: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Call
+from linattn.core.dispatch import Call, in_place
 from linattn.core.tiles import machine_refusals
 from linattn.mixers.window.chunked import WindowPool, WindowState, combine, summarize
 
@@ -108,14 +108,16 @@ def _backward(ctx, dy, dlse):
 window_forward.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("linattn::window_step", mutates_args=("ring_k", "ring_v", "tokens"))
-def window_step(
+def _step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, tokens: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """One token a row: y [B, Hq, V]; the rings [slots + 1, W, H, ...] and their counts are rewritten in place."""
     from linattn.mixers.window import triton
 
     return triton.step_(q, k, v, ring_k, ring_v, tokens, slots, scale)
+
+
+window_step = torch.library.custom_op("linattn::window_step", mutates_args=("ring_k", "ring_v", "tokens"))(_step)
 
 
 @window_step.register_fake
@@ -145,4 +147,4 @@ def forward(
 
 def step_(q: Tensor, k: Tensor, v: Tensor, pool: WindowPool, slots: Tensor, *, scale: float) -> Tensor:
     """`window_step_` on checked arguments."""
-    return window_step(q, k, v, pool.k, pool.v, pool.tokens, slots, scale)
+    return in_place(window_step, _step, pool, q, k, v, *pool, slots, scale)
