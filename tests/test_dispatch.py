@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linattn.core.dispatch import Backend, BackendError, Call, anything, choose, describe
+from linattn.core.dispatch import Backend, BackendError, Call, anything, choose, describe, in_place
 from linattn.mixers.taylor import taylor_attention
 
 
@@ -69,3 +70,29 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(q, k, v)[0], taylor_attention(q, k, v)[0])
     cu = torch.tensor([0, 50, 200], dtype=torch.int32)
     torch.testing.assert_close(compiled(q, k, v, cu_seqlens=cu)[0], taylor_attention(q, k, v, cu_seqlens=cu)[0])
+
+
+def test_what_is_written_past_the_dispatcher_says_so():
+    """As a mutating operator's arguments do: autograd then refuses what it saved before."""
+    state, weight = torch.zeros(2), torch.ones(2, requires_grad=True)
+    y = (weight * state).sum()
+
+    def body(x, state):
+        state.numpy()[:] += x.numpy()  # as a kernel writes: torch does not see it
+        return state.clone()
+
+    assert torch.equal(in_place(pytest.fail, body, (state, None), torch.ones(2), state), torch.ones(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_mode_sees_the_operator():
+    with FakeTensorMode():
+        x = torch.ones(2)
+        assert in_place(lambda x: x + 1, pytest.fail, (), x).shape == (2,)
+
+
+def test_an_inference_tensor_has_no_version():
+    with torch.inference_mode():
+        state = torch.zeros(2)
+        assert in_place(pytest.fail, lambda x: x.add_(1).clone(), (state,), state).sum() == 2

@@ -155,6 +155,14 @@ def test_values_are_not_looked_at_in_a_trace(name):
     torch.testing.assert_close(step(token, pool, slots(0, 2)), mixer.step_(token, other, slots(0, 2)))
 
 
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "softmax"])
+def test_compiles_with_dynamic_shapes(name):
+    mixer, token, pool = room(name)
+    other = map_state(torch.clone, pool)
+    step = torch.compile(mixer.step_, fullgraph=True, backend="eager", dynamic=True)
+    torch.testing.assert_close(step(token, pool, slots(0, 2)), mixer.step_(token, other, slots(0, 2)))
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_no_rows_are_no_outputs(name):
     """Forward and decoding of a batch of 0, and the State of nobody."""
