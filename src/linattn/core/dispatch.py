@@ -104,6 +104,23 @@ def remembered(
     return backend
 
 
+def step_backend(
+    op: str,
+    backends: Sequence[Backend],
+    key: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    pool: Any,
+    find: Callable[[], Backend],
+) -> Callable[..., Tensor]:
+    """The step of what ``find`` returns once it has checked these layouts, `remembered`; forward where an op is a step.
+
+    key: whatever else it depends on. tensors: the inputs, and the slots.
+    """
+    leaves = pool if isinstance(pool, tuple) else ()
+    found = remembered(backends, (op, type(pool), *key), (*tensors, *leaves), find)
+    return found.step_ or found.forward
+
+
 _FOUND: dict[Any, tuple[Sequence[Backend], Backend]] = {}
 _MOST_FOUND = 4096
 

@@ -230,12 +230,12 @@ def check_step(
     kind: type,
     room: Callable[[], Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
 ) -> None:
-    """Refuse a decoding step that does not fit its pool.
+    """Refuse a decoding step that does not fit its pool; `check_slot_values` looks at what no layout tells.
 
     Args:
         op: the name to complain under.
         tensors: one token a row: q, k, v [B, H, D], others [B, D]. They share B, dtype and device.
-        slots: int32 or int64 [B]; where values are checked, -1 or a slot of the pool, none twice.
+        slots: int32 or int64 [B].
         pool: leaves [slots + 1, ...], of which the last row is no slot.
         kind: the class of the pool.
         room: called once the ranks are known to be right; what a row of each leaf must be: its shape and dtype.
@@ -274,10 +274,10 @@ def check_step(
             raise ValueError(
                 f"{op}: these inputs need pool.{name} of {dtype} on {first.device}, got {leaf.dtype} on {leaf.device}"
             )
-    _check_slots(op, slots, first, rows - 1)
+    _check_slots(op, slots, first)
 
 
-def _check_slots(op: str, slots: Tensor, first: Tensor, count: int) -> None:
+def _check_slots(op: str, slots: Tensor, first: Tensor) -> None:
     if not isinstance(slots, Tensor):
         raise ValueError(f"{op}: slots must be an int32 tensor, got {slots!r}: wrap it in torch.tensor")
     if slots.dtype not in (torch.int32, torch.int64) or slots.ndim != 1 or slots.shape[0] != first.shape[0]:
@@ -286,8 +286,16 @@ def _check_slots(op: str, slots: Tensor, first: Tensor, count: int) -> None:
         )
     if slots.device != first.device:
         raise ValueError(f"{op}: slots are on {slots.device}, the inputs on {first.device}")
+
+
+def check_slot_values(op: str, slots: Tensor, pool: Any) -> None:
+    """Refuse, where values are checked, slots that are neither -1 nor one of the pool's, or that are named twice.
+
+    Raises:
+        ValueError: with the slots and the fix.
+    """
     if values_are_checked(slots):
-        named = slots.tolist()
+        named, count = slots.tolist(), pool[0].shape[0] - 1
         used = [slot for slot in named if slot != -1]
         if used and (min(used) < 0 or max(used) >= count):
             raise ValueError(f"{op}: slots must be -1 (idle) or 0 to {count - 1}, the pool's {count}, got {named}")

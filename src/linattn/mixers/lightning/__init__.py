@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe, remembered
+from linattn.core.dispatch import Backend, anything, choose, describe, remembered, step_backend
 from linattn.core.mixer import Mixer
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
@@ -21,6 +21,7 @@ from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
+    check_slot_values,
     check_state,
     check_step,
     count_heads,
@@ -142,11 +143,13 @@ def lightning_step_(
         _check_entries("lightning_step_", heads)
         return {"S": ((heads.state, k.shape[2], v.shape[2]), dtype), "log_decay": ((heads.state,), dtype)}
 
-    check_step("lightning_step_", {"q": q, "k": k, "v": v}, slots, pool, LightningState, room)
+    def find() -> Backend:
+        check_step("lightning_step_", {"q": q, "k": k, "v": v}, slots, pool, LightningState, room)
+        return choose(BACKENDS, describe("lightning_step_", {"q": q, "k": k, "v": v, "log_decay": log_decay}), backend)
+
+    step = step_backend("lightning_step_", BACKENDS, (backend,), (q, k, v, log_decay, slots), pool, find)
+    check_slot_values("lightning_step_", slots, pool)
     check_scale("lightning_step_", scale)
-    call = describe("lightning_step_", {"q": q, "k": k, "v": v, "log_decay": log_decay})
-    step = choose(BACKENDS, call, backend).step_
-    assert step is not None
     return step(q, k, v, log_decay, pool, slots, scale=scale)
 
 

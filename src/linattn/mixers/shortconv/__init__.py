@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe
+from linattn.core.dispatch import Backend, anything, choose, describe, step_backend
 from linattn.core.mixer import Mixer
 from linattn.core.pool import new_pool, put_, take
-from linattn.core.shapes import check_cu_seqlens, check_state, check_step, document_count
+from linattn.core.shapes import check_cu_seqlens, check_slot_values, check_state, check_step, document_count
 from linattn.mixers.shortconv import chunked, operators
 from linattn.mixers.shortconv.chunked import ShortConvState, combine, summarize
 from linattn.mixers.shortconv.reference import short_conv_reference
@@ -121,10 +121,14 @@ def short_conv_step_(
         _check("short_conv_step_", x, weight, bias, gate, activation)
         return {"x": ((weight.shape[1] - 1, x.shape[1]), x.dtype), "count": ((), torch.int32)}
 
-    check_step("short_conv_step_", {"x": x, "gate": gate}, slots, pool, ShortConvState, room)
-    call = describe("short_conv_step_", {"x": x, "weight": weight, "bias": bias, "gate": gate}, activation=activation)
-    step = choose(BACKENDS, call, backend).step_
-    assert step is not None
+    def find() -> Backend:
+        check_step("short_conv_step_", {"x": x, "gate": gate}, slots, pool, ShortConvState, room)
+        given = {"x": x, "weight": weight, "bias": bias, "gate": gate}
+        return choose(BACKENDS, describe("short_conv_step_", given, activation=activation), backend)
+
+    key, given = (backend, activation, bias is None, gate is None), (x, weight, bias, gate, slots)
+    step = step_backend("short_conv_step_", BACKENDS, key, given, pool, find)
+    check_slot_values("short_conv_step_", slots, pool)
     return step(x, weight, bias, pool, slots, gate=gate, activation=activation)
 
 

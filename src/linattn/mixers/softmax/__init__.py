@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe
+from linattn.core.dispatch import Backend, anything, choose, describe, step_backend
 from linattn.core.mixer import Mixer
 from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
     check_shared_kv,
+    check_slot_values,
     check_state,
     check_step,
     document_count,
@@ -123,11 +124,13 @@ def softmax_step_(
         k_row, v_row = (capacity, *k.shape[1:]), (capacity, *v.shape[1:])
         return {"k": (k_row, k.dtype), "v": (v_row, v.dtype), "count": ((), torch.int32)}
 
-    check_step("softmax_step_", {"q": q, "k": k, "v": v}, slots, pool, SoftmaxState, room)
+    def find() -> Backend:
+        check_step("softmax_step_", {"q": q, "k": k, "v": v}, slots, pool, SoftmaxState, room)
+        return choose(BACKENDS, describe("softmax_step_", {"q": q, "k": k, "v": v}), backend)
+
+    step = step_backend("softmax_step_", BACKENDS, (backend,), (q, k, v, slots), pool, find)
+    check_slot_values("softmax_step_", slots, pool)
     check_scale("softmax_step_", scale)
-    call = describe("softmax_step_", {"q": q, "k": k, "v": v})
-    step = choose(BACKENDS, call, backend).step_
-    assert step is not None
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe, remembered
+from linattn.core.dispatch import Backend, anything, choose, describe, remembered, step_backend
 from linattn.core.mixer import Mixer
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
@@ -20,6 +20,7 @@ from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
+    check_slot_values,
     check_state,
     check_step,
     count_heads,
@@ -164,10 +165,14 @@ def taylor_step_(
         heads, P, dtype = count_heads("taylor_step_", q, k, v).state, n_features(k.shape[2]), sum_dtype(q.dtype)
         return {"S": ((heads, P, v.shape[2]), dtype), "z": ((heads, P), dtype)}
 
-    check_step("taylor_step_", {"q": q, "k": k, "v": v}, slots, pool, TaylorState, room)
+    def find() -> Backend:
+        check_step("taylor_step_", {"q": q, "k": k, "v": v}, slots, pool, TaylorState, room)
+        return choose(BACKENDS, operators.describe_step("taylor_step_", q, k, v, pool), backend)
+
+    key = (backend, operators.bytes_off(pool))
+    step = step_backend("taylor_step_", BACKENDS, key, (q, k, v, slots), pool, find)
+    check_slot_values("taylor_step_", slots, pool)
     check_scale("taylor_step_", scale)
-    step = choose(BACKENDS, operators.describe_step("taylor_step_", q, k, v, pool), backend).step_
-    assert step is not None
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale, normalize=normalize)
 
 

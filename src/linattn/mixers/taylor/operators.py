@@ -40,13 +40,18 @@ PIECES = {"S": 4, "copy": 4, "recent_k": 8, "recent_v": 8}
 def describe_step(op: str, q: Tensor, k: Tensor, v: Tensor, pool: Any) -> Call:
     """The `Call` of a step over this pool, a `TaylorState` or a `DeferredPool`.
 
-    Its option "off" is how many bytes a leaf begins off a multiple of 16; a trace cannot say, and there it is 0.
+    Its option "off": `bytes_off`.
     """
     leaves = {name: leaf for name, leaf in zip(pool._fields, pool, strict=True) if leaf is not None}
-    off = 0
-    if not torch.compiler.is_compiling():
-        off = max(leaf.storage_offset() * leaf.element_size() % 16 for name, leaf in leaves.items() if name in PIECES)
-    return describe(op, {"q": q, "k": k, "v": v, **leaves}, off=off)
+    return describe(op, {"q": q, "k": k, "v": v, **leaves}, off=bytes_off(pool))
+
+
+def bytes_off(pool: Any) -> int:
+    """How many bytes a leaf of a pool begins off a multiple of 16, at most; a trace cannot say, and there it is 0."""
+    if torch.compiler.is_compiling() or not isinstance(pool, tuple):
+        return 0
+    leaves = (getattr(pool, name, None) for name in PIECES)
+    return max([x.storage_offset() * x.element_size() % 16 for x in leaves if x is not None], default=0)
 
 
 def refuses_cuda(call: Call) -> list[str]:

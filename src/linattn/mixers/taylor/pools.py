@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose
+from linattn.core.dispatch import Backend, anything, choose, step_backend
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import pool_rows
-from linattn.core.shapes import check_scale, check_step, count_heads, match_heads
+from linattn.core.shapes import check_scale, check_slot_values, check_step, count_heads, match_heads
 from linattn.mixers.taylor import operators
 from linattn.mixers.taylor.chunked import TaylorState, features, n_features
 
@@ -124,9 +124,13 @@ def taylor_step_deferred_(
         leaves = {"S": ((heads, P, V), dtype), "z": ((heads, P), dtype), **recent, "count": ((heads,), torch.int32)}
         return leaves if pool.copy is None else leaves | {"copy": ((heads, P, V), torch.bfloat16)}
 
-    check_step(op, {"q": q, "k": k, "v": v}, slots, pool, DeferredPool, room)
+    def find() -> Backend:
+        check_step(op, {"q": q, "k": k, "v": v}, slots, pool, DeferredPool, room)
+        return choose(BACKENDS, operators.describe_step(op, q, k, v, pool), backend)
+
+    step = step_backend(op, BACKENDS, (backend, operators.bytes_off(pool)), (q, k, v, slots), pool, find)
+    check_slot_values(op, slots, pool)
     check_scale(op, scale)
-    step = choose(BACKENDS, operators.describe_step(op, q, k, v, pool), backend).forward
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale, normalize=normalize)
 
 

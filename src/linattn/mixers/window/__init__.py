@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe
+from linattn.core.dispatch import Backend, anything, choose, describe, step_backend
 from linattn.core.mixer import Mixer
 from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
     check_shared_kv,
+    check_slot_values,
     check_state,
     check_step,
     document_count,
@@ -134,10 +135,12 @@ def window_step_(
         k_row, v_row = (window, *k.shape[1:]), (window, *v.shape[1:])
         return {"k": (k_row, k.dtype), "v": (v_row, v.dtype), "tokens": ((), torch.int64)}
 
-    check_step("window_step_", {"q": q, "k": k, "v": v}, slots, pool, WindowPool, room)
-    call = describe("window_step_", {"q": q, "k": k, "v": v}, window=window)
-    step = choose(BACKENDS, call, backend).step_
-    assert step is not None
+    def find() -> Backend:
+        check_step("window_step_", {"q": q, "k": k, "v": v}, slots, pool, WindowPool, room)
+        return choose(BACKENDS, describe("window_step_", {"q": q, "k": k, "v": v}, window=window), backend)
+
+    step = step_backend("window_step_", BACKENDS, (backend, window), (q, k, v, slots), pool, find)
+    check_slot_values("window_step_", slots, pool)
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
