@@ -7,10 +7,11 @@
 //
 // One block a (head, row), which nobody else reads or writes. It has the whole S in registers, ROWS rows side by side and
 // four columns a thread, asked for at once: a block that asks for a part, adds to it and asks for the next waits for
-// memory as often. Two such blocks' worth of threads fill a multiprocessor's registers.
+// memory as often. 512 such threads, two blocks at V 112 and four at V 64, take all registers of a multiprocessor.
 //
-// Defined where compiled: V, HALF_IS_BF16, ROWS, RESIDENT (blocks on a multiprocessor), SLOT (int or i64), READERS (query
-// heads of a State), Q_GROUP, K_GROUP, V_GROUP (heads of y or of the State that share one of q, k, v), NORMALIZE, WAITING (0: every token is folded), COPY.
+// Defined where compiled: V, HALF_IS_BF16, ROWS, RESIDENT (blocks on a multiprocessor), SLOT (int or i64), READERS (heads of
+// y that read one State), Q_GROUP, K_GROUP, V_GROUP (heads of y, for k and v of the State, that share one of theirs),
+// NORMALIZE, WAITING (0: every token is folded), COPY.
 
 #define F 16
 #define P (1 + F + F * (F + 1) / 2)
