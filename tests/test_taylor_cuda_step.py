@@ -10,6 +10,7 @@ import pytest
 import torch
 from ahead_of_time import cubin_usage
 from emulate import STATIC_SHARED, EmulationError, emulate_step
+from taylor_steps import VARIANTS, a_state, draw, pool_of, put, taken
 
 from linattn.core import laws, nvrtc
 from linattn.core.dispatch import Backend, Call, anything, choose
@@ -22,7 +23,6 @@ from linattn.mixers.taylor.chunked import TaylorState
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which builds the emulated kernels")
 
-VARIANTS = ("plain", "deferred", "copy")
 GROUPED = (
     TaylorCase(2, 20, 4, 16, 32, "two queries a State", k_heads=2, v_heads=2),
     TaylorCase(2, 20, 4, 16, 32, "shared queries and keys", q_heads=2, k_heads=1),
@@ -39,36 +39,10 @@ def emulated(monkeypatch, emulated_kernels):
     emulate_step(monkeypatch, emulated_kernels)
 
 
-def pool_of(variant, state, slots, dtype, recent=3):
-    if variant == "plain":
-        return taylor.new_pool(state, slots)
-    return pools.new_deferred_pool(state, slots, dtype, recent=recent, copy=variant == "copy")
-
-
-def put(pool, slots, state):
-    (taylor.put_ if isinstance(pool, TaylorState) else pools.put_deferred_)(pool, slots, state)
-
-
-def taken(pool, slots):
-    return (taylor.take if isinstance(pool, TaylorState) else pools.take_deferred)(pool, slots)
-
-
-def draw(V, heads, rows, tokens, dtype, seed=0):
-    """q, k, v [tokens, rows, heads, dim]."""
-    generator = torch.Generator().manual_seed(seed)
-    dims = zip(heads, (16, 16, V), strict=True)
-    return [torch.randn(tokens, rows, h, n, generator=generator).to(dtype) for h, n in dims]
-
-
-def a_state(V, heads, rows):
-    _, k, v = draw(V, (1, heads, heads), rows, 20, torch.float32, seed=9)
-    return chunked.summarize(k.transpose(0, 1), v.transpose(0, 1))
-
-
 def errors(variant, V, dtype, heads=(2, 2, 2), tokens=4, recent=3, normalize=True, slots_dtype=torch.int32):
     """Of y of every token and of the last State, against float64 on the same inputs; rows 1 and 3 of 4 have slots."""
-    q, k, v = draw(V, heads, 4, tokens, dtype)
-    state = a_state(V, max(heads[1:]), 2)
+    q, k, v = draw(dtype, 16, V, heads, 4, tokens)
+    state = a_state(16, V, max(heads[1:]), 2)
     slots, rows = torch.tensor([2, 0], dtype=slots_dtype), torch.tensor([-1, 2, 99, 0], dtype=slots_dtype)
     pool, want_pool = pool_of(variant, state, 3, dtype, recent), taylor.new_pool(state, 3)
     want_pool = TaylorState(*(leaf.double() for leaf in want_pool))
@@ -141,12 +115,12 @@ def test_decode_is_the_fold(emulated, monkeypatch, case):
 
 @needs_gxx
 def test_the_copy_is_the_rounded_state(emulated):
-    q, k, v = draw(32, (2, 2, 2), 2, 2, torch.float16)
-    pool, slots = pool_of("copy", a_state(32, 2, 2), 2, torch.float16, recent=2), torch.arange(2)
-    put(pool, slots, a_state(32, 2, 2))
+    q, k, v = draw(torch.float16, 16, 32, (2, 2, 2), 2, 2)
+    pool, slots = pool_of("copy", a_state(16, 32, 2, 2), 2, torch.float16, recent=2), torch.arange(2)
+    put(pool, slots, a_state(16, 32, 2, 2))
     for t in range(2):
         cuda_step.step_(q[t], k[t], v[t], pool, slots, 0.25, True)
-    assert not torch.equal(pool.S[:2], a_state(32, 2, 2).S)
+    assert not torch.equal(pool.S[:2], a_state(16, 32, 2, 2).S)
     assert torch.equal(pool.copy[:2], pool.S[:2].bfloat16())
     assert pool.count[:2].tolist() == [[0, 0], [0, 0]]
 
@@ -276,6 +250,6 @@ def test_what_is_not_refused(all_is_here):
 def test_a_pool_off_its_alignment_is_refused_in_words():
     memory = torch.zeros(2 * 153 * 32 + 1)
     state = TaylorState(memory[1:].view(2, 1, 153, 32), torch.zeros(2, 1, 153))
-    q, k, v = (x[0] for x in draw(32, (1, 1, 1), 1, 1, torch.bfloat16))
+    q, k, v = (x[0] for x in draw(torch.bfloat16, 16, 32, (1, 1, 1), 1))
     with pytest.raises(ValueError, match="must begin at a multiple of 16 bytes"):
         cuda_step.step_(q, k, v, state, torch.zeros(1, dtype=torch.int32), 0.25, True)

@@ -3,11 +3,15 @@
 Command: pytest -m gpu tests/gpu/test_taylor_step_gpu.py
 """
 
+from functools import partial
+
 import pytest
+import taylor_steps
 import torch
+from taylor_steps import VARIANTS, pool_of, put, taken
 
 from linattn.core.numerics import TORCH_TOLERANCE, relative_error
-from linattn.mixers.taylor import chunked, features, n_features, new_pool, operators, pools, put_, take
+from linattn.mixers.taylor import chunked, features, n_features, new_pool, operators, put_, take
 from linattn.mixers.taylor.chunked import TaylorState
 
 pytestmark = [
@@ -19,36 +23,12 @@ pytestmark = [
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALVES = DTYPES[:2]
 BACKENDS = ("cuda", "triton")
-VARIANTS = ("plain", "deferred", "copy")
 SHAPES = ((16, 64), (16, 112), (8, 64), (24, 64), (32, 128), (4, 5), (16, 256), (3, 7))
 GROUPS = ((4, 4, 4), (8, 2, 2), (2, 2, 4), (6, 1, 2))
 """Heads of q, k and v."""
 
 
-def draw(dtype, F, V, heads, rows, tokens=1, seed=0):
-    """q, k, v [tokens, rows, heads, dim]."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    dims = zip(heads, (F, F, V), strict=True)
-    return [torch.randn(tokens, rows, h, n, device="cuda", generator=generator).to(dtype) for h, n in dims]
-
-
-def a_state(F, V, heads, rows, tokens=40):
-    _, k, v = draw(torch.float32, F, V, (1, heads, heads), rows, tokens, seed=9)
-    return chunked.summarize(k.transpose(0, 1), v.transpose(0, 1))
-
-
-def pool_of(variant, state, slots, dtype, recent=3):
-    if variant == "plain":
-        return new_pool(state, slots)
-    return pools.new_deferred_pool(state, slots, dtype, recent=recent, copy=variant == "copy")
-
-
-def put(pool, slots, state):
-    (put_ if isinstance(pool, TaylorState) else pools.put_deferred_)(pool, slots, state)
-
-
-def taken(pool, slots):
-    return (take if isinstance(pool, TaylorState) else pools.take_deferred)(pool, slots)
+draw, a_state = (partial(make, device="cuda") for make in (taylor_steps.draw, taylor_steps.a_state))
 
 
 def step(q, k, v, pool, slots, scale=0.25, normalize=True, walk=None, backend="triton"):

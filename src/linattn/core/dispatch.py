@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from linattn.core.shapes import check_slot_values
+
 
 class BackendError(ValueError):
     """No backend can run this call; the message says why, backend by backend."""
@@ -104,20 +106,26 @@ def remembered(
     return backend
 
 
-def step_backend(
+def checked_step(
     op: str,
     backends: Sequence[Backend],
     key: tuple[Any, ...],
-    tensors: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
     pool: Any,
+    slots: Tensor,
     find: Callable[[], Backend],
 ) -> Callable[..., Tensor]:
-    """The step of what ``find`` returns once it has checked these layouts, `remembered`; forward where an op is a step.
+    """The step of what ``find`` returns once it has checked these layouts, `remembered`.
 
-    key: whatever else it depends on. tensors: the inputs, and the slots.
+    The values of slots are checked each time. key: whatever else it depends on. A backend of an op that is itself a
+    step has it as its forward.
+
+    Raises:
+        ValueError: what ``find`` and `check_slot_values` say.
     """
     leaves = pool if isinstance(pool, tuple) else ()
-    found = remembered(backends, (op, type(pool), *key), (*tensors, *leaves), find)
+    found = remembered(backends, (op, type(pool), *key), (*inputs, slots, *leaves), find)
+    check_slot_values(op, slots, pool)
     return found.step_ or found.forward
 
 

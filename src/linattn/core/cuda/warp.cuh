@@ -21,9 +21,17 @@ struct __align__(8) Two {
     float first, second;
 };
 
+// bfloat16, whatever HALF_IS_BF16 says.
+DEVICE float bfloat16_of(u32 pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
+DEVICE u32 bfloat16_pair(float first, float second) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
 DEVICE float clear_of(u32 pair, int which) {
 #if HALF_IS_BF16
-    return __uint_as_float(which ? pair & 0xffff0000u : pair << 16);
+    return bfloat16_of(pair, which);
 #else
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)(which ? pair >> 16 : pair & 0xffffu)));
@@ -32,13 +40,13 @@ DEVICE float clear_of(u32 pair, int which) {
 }
 
 DEVICE u32 pack(float first, float second) {
-    u32 pair;
 #if HALF_IS_BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return bfloat16_pair(first, second);
 #else
+    u32 pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
     return pair;
+#endif
 }
 
 // One 16-bit number.
@@ -47,14 +55,6 @@ DEVICE u16 half_of(float x) { return (u16)pack(x, 0.f); }
 
 // Nothing is made of x before this: else the compiler converts a number where it is asked for, and waits for it there.
 DEVICE void as_loaded(u16& x) { asm volatile("" : "+h"(x)); }
-
-// bfloat16, whatever HALF_IS_BF16 says.
-DEVICE float bfloat16_of(u32 pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
-DEVICE u32 bfloat16_pair(float first, float second) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-}
 
 DEVICE u32 multiply(u32 a, u32 b) {
     u32 pair;

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe, remembered, step_backend
+from linattn.core.dispatch import Backend, anything, checked_step, choose, describe, remembered
 from linattn.core.mixer import Mixer
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
@@ -21,7 +21,6 @@ from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
-    check_slot_values,
     check_state,
     check_step,
     count_heads,
@@ -147,8 +146,7 @@ def lightning_step_(
         check_step("lightning_step_", {"q": q, "k": k, "v": v}, slots, pool, LightningState, room)
         return choose(BACKENDS, describe("lightning_step_", {"q": q, "k": k, "v": v, "log_decay": log_decay}), backend)
 
-    step = step_backend("lightning_step_", BACKENDS, (backend,), (q, k, v, log_decay, slots), pool, find)
-    check_slot_values("lightning_step_", slots, pool)
+    step = checked_step("lightning_step_", BACKENDS, (backend,), (q, k, v, log_decay), pool, slots, find)
     check_scale("lightning_step_", scale)
     return step(q, k, v, log_decay, pool, slots, scale=scale)
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe, step_backend
+from linattn.core.dispatch import Backend, anything, checked_step, choose, describe
 from linattn.core.mixer import Mixer
 from linattn.core.pool import new_pool, put_, take
-from linattn.core.shapes import check_cu_seqlens, check_slot_values, check_state, check_step, document_count
+from linattn.core.shapes import check_cu_seqlens, check_state, check_step, document_count
 from linattn.mixers.shortconv import chunked, operators
 from linattn.mixers.shortconv.chunked import ShortConvState, combine, summarize
 from linattn.mixers.shortconv.reference import short_conv_reference
@@ -126,9 +126,8 @@ def short_conv_step_(
         given = {"x": x, "weight": weight, "bias": bias, "gate": gate}
         return choose(BACKENDS, describe("short_conv_step_", given, activation=activation), backend)
 
-    key, given = (backend, activation, bias is None, gate is None), (x, weight, bias, gate, slots)
-    step = step_backend("short_conv_step_", BACKENDS, key, given, pool, find)
-    check_slot_values("short_conv_step_", slots, pool)
+    key, given = (backend, activation, bias is None, gate is None), (x, weight, bias, gate)
+    step = checked_step("short_conv_step_", BACKENDS, key, given, pool, slots, find)
     return step(x, weight, bias, pool, slots, gate=gate, activation=activation)
 
 

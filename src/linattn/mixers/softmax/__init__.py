@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe, step_backend
+from linattn.core.dispatch import Backend, anything, checked_step, choose, describe
 from linattn.core.mixer import Mixer
 from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
     check_shared_kv,
-    check_slot_values,
     check_state,
     check_step,
     document_count,
@@ -128,8 +127,7 @@ def softmax_step_(
         check_step("softmax_step_", {"q": q, "k": k, "v": v}, slots, pool, SoftmaxState, room)
         return choose(BACKENDS, describe("softmax_step_", {"q": q, "k": k, "v": v}), backend)
 
-    step = step_backend("softmax_step_", BACKENDS, (backend,), (q, k, v, slots), pool, find)
-    check_slot_values("softmax_step_", slots, pool)
+    step = checked_step("softmax_step_", BACKENDS, (backend,), (q, k, v), pool, slots, find)
     check_scale("softmax_step_", scale)
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 

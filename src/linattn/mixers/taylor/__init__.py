@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe, remembered, step_backend
+from linattn.core.dispatch import Backend, anything, checked_step, choose, describe, remembered
 from linattn.core.mixer import Mixer
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import new_pool, put_, take
@@ -20,7 +20,6 @@ from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
-    check_slot_values,
     check_state,
     check_step,
     count_heads,
@@ -170,8 +169,7 @@ def taylor_step_(
         return choose(BACKENDS, operators.describe_step("taylor_step_", q, k, v, pool), backend)
 
     key = (backend, operators.bytes_off(pool))
-    step = step_backend("taylor_step_", BACKENDS, key, (q, k, v, slots), pool, find)
-    check_slot_values("taylor_step_", slots, pool)
+    step = checked_step("taylor_step_", BACKENDS, key, (q, k, v), pool, slots, find)
     check_scale("taylor_step_", scale)
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale, normalize=normalize)
 

@@ -56,7 +56,8 @@ def step_(
     normalize: bool,
 ) -> Tensor:
     """One token a row: y [B, Ho, V]; the pool, S and z or the leaves of a `DeferredPool`, in place."""
-    S, z, recent_k, recent_v, count, copy = pool if len(pool) == 6 else (*pool, None, None, None, None)
+    S, z, *deferred = pool
+    recent_k, recent_v, count, copy = deferred or (None,) * 4
     assert S is not None
     n_state, V = S.shape[1], S.shape[3]
     heads = max(q.shape[1], n_state)

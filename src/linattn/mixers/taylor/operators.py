@@ -365,12 +365,15 @@ def _(q, k, v, S, z, recent_k, recent_v, count, copy, slots, scale, normalize, b
     return v.new_empty(q.shape[0], max(q.shape[1], S.shape[1]), v.shape[2])
 
 
-def step_by(backend: str, q: Tensor, k: Tensor, v: Tensor, pool: TaylorState, slots: Tensor, **how: Any) -> Tensor:
+def step_by(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, pool: TaylorState, slots: Tensor, *, scale: float, normalize: bool
+) -> Tensor:
     """`taylor_step_` on checked arguments."""
-    return in_place(taylor_step, _step, pool, q, k, v, *pool, slots, how["scale"], how["normalize"], backend)
+    return in_place(taylor_step, _step, pool, q, k, v, *pool, slots, scale, normalize, backend)
 
 
-def step_deferred_by(backend: str, q: Tensor, k: Tensor, v: Tensor, pool: Any, slots: Tensor, **how: Any) -> Tensor:
+def step_deferred_by(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, pool: Any, slots: Tensor, *, scale: float, normalize: bool
+) -> Tensor:
     """`taylor_step_deferred_` on checked arguments."""
-    settings = slots, how["scale"], how["normalize"], backend
-    return in_place(taylor_step_deferred, _step_deferred, pool, q, k, v, *pool, *settings)
+    return in_place(taylor_step_deferred, _step_deferred, pool, q, k, v, *pool, slots, scale, normalize, backend)

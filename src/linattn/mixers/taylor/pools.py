@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, step_backend
+from linattn.core.dispatch import Backend, anything, checked_step, choose
 from linattn.core.numerics import sum_dtype
 from linattn.core.pool import pool_rows
-from linattn.core.shapes import check_scale, check_slot_values, check_step, count_heads, match_heads
+from linattn.core.shapes import check_scale, check_step, count_heads, match_heads
 from linattn.mixers.taylor import operators
 from linattn.mixers.taylor.chunked import TaylorState, features, n_features
 
@@ -128,8 +128,7 @@ def taylor_step_deferred_(
         check_step(op, {"q": q, "k": k, "v": v}, slots, pool, DeferredPool, room)
         return choose(BACKENDS, operators.describe_step(op, q, k, v, pool), backend)
 
-    step = step_backend(op, BACKENDS, (backend, operators.bytes_off(pool)), (q, k, v, slots), pool, find)
-    check_slot_values(op, slots, pool)
+    step = checked_step(op, BACKENDS, (backend, operators.bytes_off(pool)), (q, k, v), pool, slots, find)
     check_scale(op, scale)
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale, normalize=normalize)
 

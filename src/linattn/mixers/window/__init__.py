@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linattn.core.dispatch import Backend, anything, choose, describe, step_backend
+from linattn.core.dispatch import Backend, anything, checked_step, choose, describe
 from linattn.core.mixer import Mixer
 from linattn.core.shapes import (
     check_attention,
     check_cu_seqlens,
     check_scale,
     check_shared_kv,
-    check_slot_values,
     check_state,
     check_step,
     document_count,
@@ -139,8 +138,7 @@ def window_step_(
         check_step("window_step_", {"q": q, "k": k, "v": v}, slots, pool, WindowPool, room)
         return choose(BACKENDS, describe("window_step_", {"q": q, "k": k, "v": v}, window=window), backend)
 
-    step = step_backend("window_step_", BACKENDS, (backend, window), (q, k, v, slots), pool, find)
-    check_slot_values("window_step_", slots, pool)
+    step = checked_step("window_step_", BACKENDS, (backend, window), (q, k, v), pool, slots, find)
     return step(q, k, v, pool, slots, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
